@@ -1,0 +1,29 @@
+# What .ci/run and a person run alike.
+PYTHON ?= python
+
+.PHONY: check format lint types test slow readme constraints
+
+check: lint types test
+
+format:
+	ruff format .
+	ruff check --fix .
+
+lint:
+	ruff format --check .
+	ruff check .
+
+types:
+	pyright
+
+test:
+	$(PYTHON) -m pytest
+
+slow:
+	$(PYTHON) -m pytest -m slow
+
+readme:  # the README's table of variants, from the registry
+	$(PYTHON) -m variants --markdown README.md
+
+constraints:  # one file for CPU and CUDA machines: docs/adr/0003
+	uv pip compile --universal --python-version 3.11 --extra quant --extra dev pyproject.toml -o constraints.txt

@@ -1,0 +1,101 @@
+"""Bytes that autograd keeps for backward, beside PEFT's, in one process: exact, no timing.
+
+    python -m benchmarks.memory [--json FILE]
+
+A Llama of random weights, width 512, two layers, 1,024 tokens, rank 16 on all linear layers.
+What the model holds anyway does not count; memory that several nodes keep counts once.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import variants
+from experiments.measure import measure
+
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1376,
+                         "num_hidden_layers": 2, "num_attention_heads": 8}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def model(dtype: torch.dtype) -> Any:
+    """The benchmark's base."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES)
+    built: Any = transformers.LlamaForCausalLM(config)
+    return built.to(dtype).train()
+
+
+def kept(adapted: Any) -> int:
+    """What one forward of the adapted model keeps, beyond what its frozen base alone keeps."""
+    ids = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(1))
+    return int(measure(lambda: adapted(input_ids=ids).logits.float().mean().backward(), adapted)[
+        "saved_bytes"
+    ])  # fmt: skip
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row a method, dtype and dropout: bytes here, in PEFT, in PEFT without autocast."""
+    import peft
+
+    found = []
+    for name, dtype in DTYPES.items():
+        base = model(dtype)
+        base.requires_grad_(False)
+        base.model.embed_tokens.weight.requires_grad_(True)  # gradients flow, no layer learns
+        floor = kept(base)
+        for preset in ("lora", "dora"):
+            for dropout in (0.0, 0.05):
+                ours = model(dtype)
+                variants.attach(ours, preset, rank=16, dropout=dropout)
+                theirs = []
+                for upcast in (True, False):
+                    config = peft.LoraConfig(
+                        r=16, lora_alpha=32, lora_dropout=dropout, use_dora=preset == "dora",
+                        target_modules=TARGETS,
+                    )  # fmt: skip
+                    adapted = peft.get_peft_model(
+                        model(dtype), config, autocast_adapter_dtype=upcast
+                    )
+                    theirs.append(kept(adapted) - floor)
+                own = kept(ours) - floor
+                found.append({
+                    "variant": preset, "dtype": name, "dropout": dropout, "ours": own,
+                    "peft": theirs[0], "peft_no_autocast": theirs[1],
+                    "ratio": own / theirs[0], "ratio_no_autocast": own / theirs[1],
+                })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """The command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--json", help="write the rows there as well")
+    given = parser.parse_args()
+    table = Table(title="MiB kept for backward by the adapted layers (beyond the frozen model's)")
+    for name in ("variant", "dtype", "dropout", "here", "PEFT", "ratio",
+                 "PEFT without autocast", "ratio"):  # fmt: skip
+        table.add_column(name, justify="right")
+    found = rows()
+    for row in found:
+        table.add_row(
+            row["variant"], row["dtype"], str(row["dropout"]), f"{row['ours'] / 2**20:.1f}",
+            f"{row['peft'] / 2**20:.1f}", f"{row['ratio']:.2f}",
+            f"{row['peft_no_autocast'] / 2**20:.1f}", f"{row['ratio_no_autocast']:.2f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

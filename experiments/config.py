@@ -1,0 +1,313 @@
+"""The configuration: typed keys, the choices of each group, defaults filled in, and a hash.
+
+Nothing here imports torch: this is what `--help`, completion and a sweep's driver run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from variants import _registry as registry
+
+from .tasks import BadInput, Task, tasks
+
+
+@dataclass
+class Optim:
+    """Learning rate, schedule, decay, clipping. The rule of update is the axis variant/update."""
+
+    lr: float | None = None  # null: the preset's own, carried to the model's width
+    # lr of a preset holds at width 4096; at width d it is multiplied by (4096 / d)^width_exponent.
+    # 0.781 was fitted on Llama models (tinker-cookbook, hyperparam_utils.get_lr); 0 turns it off.
+    width_exponent: float = 0.781
+    schedule: str = "cosine"  # cosine, linear, constant
+    warmup: float = 0.03  # below 1 a share of the steps, else steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm; 0: none
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+
+@dataclass
+class Train:
+    """How long, and in what portions. null: the task's own."""
+
+    steps: int | None = None
+    epochs: float | None = None  # in place of steps
+    batch_size: int | None = None  # items an optimizer step
+    seq_len: int | None = None  # tokens
+    accumulate: int = 1  # portions of a batch, one after the other
+    autocast: str = "none"  # none, bf16
+    activation_checkpointing: bool = False
+    eval_every: int | None = None  # steps between validations; null: an eighth of the run; 0: none
+    checkpoint_every: int | None = None  # steps; null: a tenth of the run; 0: none
+    log_every: int | None = None  # steps; null: a hundredth of the run
+
+
+@dataclass
+class Eval:
+    """What is scored, at the end and on the way."""
+
+    split: str = "validation"  # validation, test
+    batch_size: int = 64
+    limit: int | None = None  # items at the end; null: all
+    limit_during: int = 256  # items in a validation on the way
+    forgetting: str | None = None  # a text file like what the base was pretrained on
+    max_new_tokens: int | None = None  # null: the task's own
+
+
+@dataclass
+class Track:
+    """Weights & Biases. auto: online with a key and a network, else offline."""
+
+    mode: str = "auto"  # auto, online, offline, disabled
+    project: str = "lora-variants"
+    entity: str | None = None
+    group: str | None = None  # null: the sweep
+
+
+@dataclass
+class Tiny:
+    """The embedded default: a Llama of 0.3M parameters, pretrained by experiments/pretrain.py."""
+
+    kind: str = "tiny"
+    dtype: str = "fp32"  # fp32, bf16, fp16
+
+
+@dataclass
+class HF:
+    """A causal LM or sequence classifier of transformers, from a folder or the hub."""
+
+    kind: str = "hf"
+    path: str | None = None
+    dtype: str = "fp32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Config:
+    """A Llama of a given size with random weights, for benchmarks."""
+
+    kind: str = "config"
+    dtype: str = "fp32"
+    hidden_size: int = 256
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None  # null: the tokenizer's
+    tokenizer: str | None = None  # a folder; null: bytes
+    seed: int = 0
+
+
+MODELS = {"tiny": Tiny, "hf": HF, "config": Config}
+
+
+@dataclass
+class Settings:
+    """A run."""
+
+    variant: Any = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    rank: int | None = None
+    alpha: Any = None
+    targets: Any = "all-linear"
+    dropout: float = 0.0
+    seed: int = 0
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    track: Track = field(default_factory=Track)
+    device: str = "auto"
+    out_dir: str = "runs"
+    study: str | None = None
+    dry: bool = False
+    rerun: bool = False
+
+
+# Keys that cannot change a result: not in the hash.
+OUTSIDE = ("track", "device", "out_dir", "study", "dry", "rerun")
+OUTSIDE_TRAIN = ("checkpoint_every", "log_every")
+CHOICES = {
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "train.autocast": ("none", "bf16"),
+    "eval.split": ("validation", "test"),
+    "track.mode": ("auto", "online", "offline", "disabled"),
+    "model.dtype": ("fp32", "bf16", "fp16"),
+}
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+
+
+def register() -> None:
+    """Puts the schema and every choice of every group before Hydra."""
+    store: Any = ConfigStore.instance()
+    # Hydra copies the whole store for each group that it lists or composes; nothing changes it
+    store.__deepcopy__ = lambda memo: store
+    store.store(name="schema", node=Settings)
+    for name, cls in MODELS.items():
+        store.store(group="model", name=name, node=cls)
+    for name, task in tasks().items():
+        store.store(group="task", name=name, node=_twin(task))
+    parts, presets = registry.index()
+    for axis, found in parts.items():
+        for name, part in found.items():
+            fields = [("name", str, name)] + [
+                (key, TYPES[kind], default) for key, (kind, default) in part.fields.items()
+            ]
+            store.store(
+                group=f"variant/{axis}", name=name, node=dataclasses.make_dataclass(name, fields)
+            )
+    for name, preset in presets.items():
+        chosen = [{axis: part["name"]} for axis, part in preset.axes.items()]
+        own = {axis: {k: v for k, v in p.items() if k != "name"} for axis, p in preset.axes.items()}
+        node = {"defaults": [*chosen, "_self_"], "name": name}
+        store.store(
+            group="variant", name=name, node=node | {axis: s for axis, s in own.items() if s}
+        )
+
+
+def _twin(task: type[Task]) -> Any:
+    """A mutable dataclass of the same fields: Hydra takes a frozen one for read-only."""
+    fields = [(f.name, f.type, f.default) for f in dataclasses.fields(task)]  # type: ignore[arg-type]
+    return dataclasses.make_dataclass(task.name, [("name", str, task.name), *fields])
+
+
+def settings_of(cfg: DictConfig) -> Settings:
+    """The composed configuration as typed objects, with choices checked and defaults filled in."""
+    _refuse_unknown(cfg, "")
+    settings: Settings = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    settings.task = _task(settings.task)
+    settings.model = _model(settings.model)
+    settings.variant = OmegaConf.to_container(cfg.variant, resolve=True)
+    if not isinstance(settings.targets, str):
+        settings.targets = [str(t) for t in settings.targets]
+    for key, choices in CHOICES.items():
+        group, name = key.split(".")
+        value = getattr(getattr(settings, group), name)
+        if value not in choices:
+            raise BadInput(f"{key}={value}: choices: {', '.join(choices)}")
+    _check_numbers(settings)
+    return settings
+
+
+def _refuse_unknown(node: DictConfig, prefix: str) -> None:
+    """`+key=value` adds keys that nothing would read."""
+    kind = OmegaConf.get_type(node)
+    known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+    for key in node:
+        if known is not None and key not in known:
+            raise BadInput(f"{prefix}{key}: no such key; choices: {', '.join(known)}")
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _refuse_unknown(child, f"{prefix}{key}.")
+
+
+def _task(node: Any) -> Task:
+    fields = _fields(node)
+    return tasks()[fields.pop("name")](**fields)
+
+
+def _model(node: Any) -> Any:
+    fields = _fields(node)
+    return MODELS[fields["kind"]](**fields)
+
+
+def _fields(node: Any) -> dict[str, Any]:
+    return dict(node) if isinstance(node, dict) else dataclasses.asdict(node)
+
+
+def _check_numbers(settings: Settings) -> None:
+    """Numbers that cannot be, by key."""
+    train, optim, ev = settings.train, settings.optim, settings.eval
+    positive = {
+        "rank": settings.rank,
+        "optim.lr": optim.lr,
+        "train.steps": train.steps,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.accumulate": train.accumulate,
+        "eval.batch_size": ev.batch_size,
+        "eval.limit": ev.limit,
+        "eval.limit_during": ev.limit_during,
+        "eval.max_new_tokens": ev.max_new_tokens,
+    }
+    for key, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise BadInput(f"{key}={value}: a positive number")
+    other = {
+        "optim.weight_decay": optim.weight_decay,
+        "optim.clip": optim.clip,
+        "optim.warmup": optim.warmup,
+        "train.eval_every": train.eval_every,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.log_every": train.log_every,
+    }
+    for key, value in other.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise BadInput(f"{key}={value}: zero or a positive number")
+    for key, value in {"dropout": settings.dropout, "optim.beta1": optim.beta1,
+                       "optim.beta2": optim.beta2}.items():  # fmt: skip
+        if not 0 <= value < 1:
+            raise BadInput(f"{key}={value}: from 0 to below 1")
+    if train.seq_len is not None and train.seq_len < 2:
+        raise BadInput(f"train.seq_len={train.seq_len}: two tokens or more")
+    if train.steps is not None and train.epochs is not None:
+        raise BadInput("train.epochs: give train.steps or train.epochs, not both")
+
+
+def fill(settings: Settings, train_items: int) -> None:
+    """What was left open to the task: steps, batch, lengths, intervals."""
+    train, task = settings.train, settings.task
+    batch = train.batch_size or task.batch_size
+    steps = train.steps or task.steps
+    if train.epochs is not None:
+        steps, train.epochs = max(1, math.ceil(train.epochs * train_items / batch)), None
+    if batch % train.accumulate:
+        raise BadInput(
+            f"train.accumulate={train.accumulate}: does not divide train.batch_size={batch}"
+        )
+    train.batch_size, train.steps = batch, steps
+    train.seq_len = train.seq_len or task.seq_len
+    settings.eval.max_new_tokens = settings.eval.max_new_tokens or task.max_new_tokens
+    for key, share in {"eval_every": 8, "checkpoint_every": 10, "log_every": 100}.items():
+        if getattr(train, key) is None:
+            setattr(train, key, max(1, steps // share))
+
+
+def run_hash(settings: Settings, variant: dict[str, Any], lr: float, model: str, data: str) -> str:
+    """Names the run: all settings that can change its result, and the hashes of model and data.
+
+    `variant` is the choice with its defaults filled in. Paths do not count, contents do.
+    """
+    plain = dataclasses.asdict(settings)
+    for key in OUTSIDE:
+        del plain[key]
+    for key in OUTSIDE_TRAIN:
+        del plain["train"][key]
+    plain["model"].pop("path", None)
+    plain["model"].pop("tokenizer", None)
+    plain["task"].pop("path", None)
+    plain["task"]["name"] = settings.task.name
+    plain |= {"variant": variant, "model_hash": model, "data_hash": data}
+    plain["optim"]["lr"] = lr
+    text = json.dumps(_normal(plain), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _normal(value: Any) -> Any:
+    """Numbers as one kind: 1 and 1.0 are the same setting, in every release of OmegaConf."""
+    if isinstance(value, dict):
+        return {str(k): _normal(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(v) for v in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return repr(float(value))

@@ -1,0 +1,432 @@
+"""One run, from settings to result.json: prepare, score the base, train, score what came of it."""
+
+import gc
+import math
+import os
+import resource
+import statistics
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+import variants
+from variants._adapter import Adapter, Choice, Planned, build, choose, plan
+from variants._api import Stored
+from variants._registry import find_preset
+
+from . import record
+from .config import Settings, fill, run_hash
+from .evaluate import Scorer, Scores, write_predictions
+from .model import Loaded, Source
+from .record import Folder, Log
+from .screen import Screen
+from .tasks import BadInput, Example, Splits
+from .tasks.lm import LanguageModelling
+from .track import Tracker
+from .train import Diverged, Trainer
+
+REFERENCE_WIDTH = 4096  # of the 7B models for which papers give their learning rates
+ALL_THREADS = torch.get_num_threads()
+# width x tokens of a step: below, a second thread gains nothing on a quiet machine, and on a busy
+# one each product waits for it (docs/log.md)
+WORTH_A_THREAD = 2**17
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is known in full, before anything heavy is loaded."""
+
+    settings: Settings
+    splits: Splits
+    source: Source
+    choice: Choice
+    lr: float
+    lr_origin: str
+    folder: Folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Resolves every default and names the run; raises on what cannot be."""
+    axes = {axis: settings.variant[axis] for axis in variants.parts()}
+    choice = choose(settings.variant["name"], settings.rank, settings.alpha, **axes)
+    splits = settings.task.splits()
+    fill(settings, len(splits.train))
+    source = Source(settings.model)
+    lr, origin = learning_rate(settings, source.width)
+    identity = {"preset": choice.preset, "axes": choice.axes(), "rank": choice.rank,
+                "alpha": choice.alpha}  # fmt: skip
+    settings.rank, settings.alpha = choice.rank, choice.alpha
+    data = splits.digest() + (_text_digest(settings.eval.forgetting) or "")
+    digest = run_hash(settings, identity, lr, source.digest, data)
+    rank = f"-r{choice.rank}" if choice.rank is not None else ""
+    path = Path(settings.out_dir) / (settings.study or "single") / f"{choice.preset}{rank}-{digest}"
+    return Prepared(settings, splits, source, choice, lr, origin, Folder(path))
+
+
+def _text_digest(path: str | None) -> str | None:
+    if path is None:
+        return None
+    digest = record.file_digest(Path(path).expanduser())
+    if digest is None:
+        raise BadInput(f"eval.forgetting={path}: no such file")
+    return digest
+
+
+def learning_rate(settings: Settings, width: int | None) -> tuple[float, str]:
+    """`optim.lr`, or the preset's own carried to the model's width; and where it comes from."""
+    if settings.optim.lr is not None:
+        return settings.optim.lr, "optim.lr"
+    preset = find_preset(settings.variant["name"])
+    exponent = settings.optim.width_exponent
+    if width is None or exponent == 0:
+        return preset.lr, f"{preset.lr:g}: {preset.lr_origin}"
+    factor = (REFERENCE_WIDTH / width) ** exponent
+    return preset.lr * factor, (
+        f"{preset.lr:g} ({preset.lr_origin}) at width {REFERENCE_WIDTH}, "
+        f"x{factor:.3g} at width {width}"
+    )
+
+
+def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, Any]:
+    """Runs, or resumes, or reports what is finished; returns result.json's content."""
+    folder, settings = prepared.folder, prepared.settings
+    finished = folder.result
+    if finished is not None and not settings.rerun:
+        changed = folder.changed_sources()
+        if changed:
+            screen.say(
+                f"finished with other code ({', '.join(changed[:3])}"
+                f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
+                f"again beside the old one"
+            )
+        screen.finished(finished, folder.path)
+        return finished
+    if finished is not None:
+        screen.say(f"the finished run was set aside as {folder.set_aside()}")
+    device = pick_device(settings.device)
+    began = time.perf_counter()
+    torch.manual_seed(settings.seed)  # a new head draws from here
+    loaded = prepared.source.load(
+        settings.task.num_labels, regression=settings.task.num_labels == 1
+    )
+    if not gc.isenabled():  # off since run.py; what is there by now stays, and is not walked again
+        gc.freeze()
+        gc.enable()
+    planned = plan(loaded.model, prepared.choice, settings.targets)
+    with folder.locked() as held:
+        if not held:
+            raise BadInput(f"{folder.path}: another process is running this very run")
+        log = Log(folder.path / "run.log")
+        screen.log = log.write
+        folder.set_status("running")
+        job = Run(prepared, loaded, planned, device, screen, group, began)
+        try:
+            result = job.result()
+        except KeyboardInterrupt:
+            folder.set_status("failed", error="interrupted: the same command goes on from here")
+            log.write("interrupted")
+            job.tracker.finish(None, failed=True)
+            raise
+        except Exception as error:
+            folder.set_status("failed", error=f"{type(error).__name__}: {error}",
+                              traceback=traceback.format_exc())  # fmt: skip
+            log.write(traceback.format_exc())
+            job.tracker.finish(None, failed=True)
+            raise
+        finally:
+            screen.log = lambda text: None
+            log.close()
+    screen.finished(result, folder.path)
+    return result
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"device={name}: choices: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device={name}: no CUDA device here; choices: auto, cpu")
+    return device
+
+
+class Run:
+    """The work of one run, in the order in which it happens."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        loaded: Loaded,
+        planned: list[Planned],
+        device: torch.device,
+        screen: Screen,
+        group: str,
+        began: float,
+    ) -> None:
+        settings = prepared.settings
+        self.prepared, self.settings, self.loaded = prepared, settings, loaded
+        self.planned, self.device, self.screen, self.began = planned, device, screen, began
+        self.path, self.checkpoints = prepared.folder.path, prepared.folder.path / "checkpoint"
+        loaded.model.to(device)
+        self.numbers = sum(p.numel() for p in loaded.model.parameters())  # before the adapter
+        if settings.train.activation_checkpointing:
+            loaded.model.gradient_checkpointing_enable()
+        self.scorer = Scorer(
+            task=settings.task,
+            loaded=loaded,
+            device=device,
+            batch_size=settings.eval.batch_size,
+            seq_len=min(settings.train.seq_len or 0, loaded.positions),
+            max_new_tokens=settings.eval.max_new_tokens or 0,
+            autocast=settings.train.autocast == "bf16",
+            tick=screen.tick,
+        )
+        config = self._config()
+        OmegaConf.save(OmegaConf.create(config), self.path / "config.yaml")
+        self.environment = record.environment()
+        self.tracker = Tracker(
+            settings.track,
+            self.path,
+            name=prepared.name,
+            group=settings.study or group,
+            tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
+            config=config,
+            say=screen.say,
+        )
+
+    def _config(self) -> dict[str, Any]:
+        """The resolved settings, as config.yaml and W&B have them."""
+        settings, choice = self.settings, self.prepared.choice
+        plain = asdict(settings)
+        plain["variant"] = {"name": choice.preset, **choice.axes()}
+        plain["task"] = {"name": settings.task.name, **asdict(settings.task)}
+        plain["optim"]["lr"] = self.prepared.lr
+        return plain
+
+    def result(self) -> dict[str, Any]:
+        """All of it; writes result.json last."""
+        settings, prepared, screen = self.settings, self.prepared, self.screen
+        screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "
+                   f"{_name(self.device)}; {self.path}")  # fmt: skip
+        for note in prepared.choice.notes:
+            screen.say(note)
+        train = self.scorer.examples(prepared.splits.train)
+        self._choose_threads(train)
+        scored = self.scorer.examples(self._scored_items())
+        self._say_cut(train)
+        self.eval_s = 0.0
+        base = self._base(scored, train)
+        adapter = self._attach()
+        init_s = time.perf_counter() - self.began - self.eval_s
+        trainer = Trainer(self, adapter, train, scored)
+        diverged = None
+        try:
+            trainer.train()
+        except Diverged as error:
+            diverged = str(error)
+            screen.say(f"diverged: {error}")
+        tuned, forgetting = self._tuned(scored, base, adapter) if diverged is None else (None, None)
+        if tuned is not None and not math.isfinite(tuned.metrics["loss"]):
+            diverged = f"the loss after step {trainer.step} is not finite"
+        adapter.save(self.path / "adapter")
+        result = self._assemble(base, tuned, forgetting, adapter, trainer, init_s, diverged)
+        after = [None] * len(scored) if tuned is None else tuned.predictions
+        write_predictions(self.path / "predictions.jsonl", scored, base["predictions"], after)
+        prepared.folder.set_status(result["status"])
+        record.write_json(self.path / "result.json", result)
+        summary = {f"{when}/{k}": v for when in ("base", "tuned")
+                   for k, v in result["metrics"][when].items()}  # fmt: skip
+        self.tracker.finish(summary | {"status": result["status"]})
+        return result
+
+    def _choose_threads(self, train: list[Example]) -> None:
+        """One thread for a model too small to share; OMP_NUM_THREADS, where set, has been heard."""
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            tokens = sum(len(e.ids) for e in train) / len(train)
+            tokens *= self.settings.train.batch_size / self.settings.train.accumulate  # type: ignore[operator]
+            width = self.prepared.source.width or REFERENCE_WIDTH
+            torch.set_num_threads(1 if width * tokens < WORTH_A_THREAD else ALL_THREADS)
+        self.environment["device"] = _name(self.device)
+        record.write_json(self.path / "env.json", self.environment)
+
+    def _scored_items(self) -> list[Any]:
+        items = getattr(self.prepared.splits, self.settings.eval.split)
+        limit = self.settings.eval.limit
+        return items if limit is None or self.settings.task.scoring == "language" else items[:limit]
+
+    def _say_cut(self, examples: list[Example]) -> None:
+        count = sum(e.cut for e in examples)
+        if count:
+            self.screen.say(
+                f"{count} of {len(examples)} training items are longer than "
+                f"{self.scorer.seq_len} tokens and were cut (train.seq_len)"
+            )
+
+    def _forgetting(self) -> tuple[Scorer, list[Example]] | None:
+        """What the base could do before: the task's old items, or a text file of your own."""
+        if self.settings.eval.forgetting is not None:
+            task = LanguageModelling(path=self.settings.eval.forgetting)
+            items = task.splits().validation + task.splits().test
+            scorer = Scorer(task, self.loaded, self.device, self.scorer.batch_size,
+                            self.scorer.seq_len, 0, self.scorer.autocast)  # fmt: skip
+            return scorer, scorer.examples(items)
+        if self.prepared.splits.forgetting:
+            return self.scorer, self.scorer.examples(self.prepared.splits.forgetting)
+        return None
+
+    def _base(self, scored: list[Example], train: list[Example]) -> dict[str, Any]:
+        """The untouched model's scores and what one training step keeps; kept for a resume."""
+        kept = record.read_json(self.checkpoints / "base.json")
+        if kept is not None:
+            return kept
+        began = time.perf_counter()
+        self.screen.phase("scoring the base", portions(len(scored), self.scorer.batch_size))
+        scores = self.scorer.full(scored)
+        old = self._forgetting()
+        forgetting = old[0].full(old[1]).metrics if old else None
+        self.eval_s += time.perf_counter() - began
+        found = {"metrics": scores.metrics, "predictions": scores.predictions,
+                 "forgetting": forgetting}  # fmt: skip
+        self.checkpoints.mkdir(exist_ok=True)
+        record.write_json(self.checkpoints / "base.json", found)
+        return found
+
+    def _attach(self) -> Adapter:
+        settings, choice = self.settings, self.prepared.choice
+        heads = self.loaded.heads if settings.task.scoring == "classify" else []
+        adapter = build(
+            self.loaded.model,
+            choice,
+            self.planned,
+            targets=settings.targets,
+            dropout=settings.dropout,
+            seed=settings.seed,
+            modules_to_save=tuple(heads),
+            notes=choice.notes,
+        )
+        self.screen.say(
+            f"{choice.preset}: {adapter.num_trainable:,} trained numbers in {len(adapter.layers)} "
+            f"matrices; lr {self.prepared.lr:.3g} ({self.prepared.lr_origin})"
+        )
+        return adapter
+
+    def _tuned(
+        self, scored: list[Example], base: Mapping[str, Any], adapter: Adapter
+    ) -> tuple[Scores, dict[str, Any] | None]:
+        began = time.perf_counter()
+        self.screen.phase("scoring the result", portions(len(scored), self.scorer.batch_size))
+        scores = self.scorer.full(scored)
+        old = self._forgetting()
+        forgetting = None
+        if old is not None:
+            after = old[0].full(old[1]).metrics
+            forgetting = {"base": base["forgetting"], "tuned": after}
+        self.eval_s += time.perf_counter() - began
+        return scores, forgetting
+
+    def _assemble(
+        self,
+        base: Mapping[str, Any],
+        tuned: Scores | None,
+        forgetting: dict[str, Any] | None,
+        adapter: Adapter,
+        trainer: Trainer,
+        init_s: float,
+        diverged: str | None,
+    ) -> dict[str, Any]:
+        """result.json."""
+        settings, prepared = self.settings, self.prepared
+        choice = prepared.choice
+        stored = [m for m in self.loaded.model.modules() if isinstance(m, Stored)]
+        numbers = sum(module.shape[0] * module.shape[1] for module in stored)
+        trained = adapter.num_trainable
+        heads = sum(p.numel() for m in adapter.saved_modules.values() for p in m.copy.parameters())
+        return {
+            "schema": record.SCHEMA,
+            "run_id": prepared.name.rpartition("-")[2],
+            "status": "done" if diverged is None else "diverged",
+            "config": {
+                "variant": choice.preset,
+                "axes": choice.axes(),
+                "rank": choice.rank,
+                "alpha": choice.alpha,
+                "scale": sorted({layer.s for layer in adapter.layers.values()}),
+                "targets": settings.targets,
+                "model": prepared.source.name,
+                "task": settings.task.name,
+                "seed": settings.seed,
+                "lr": prepared.lr,
+                "lr_origin": prepared.lr_origin,
+                "steps": settings.train.steps,
+                "batch_size": settings.train.batch_size,
+                "split": settings.eval.split,
+            },
+            "metrics": {
+                "primary": settings.task.primary,
+                "base": base["metrics"],
+                "tuned": tuned.metrics if tuned else dict.fromkeys(base["metrics"]),
+            },
+            "learning": trainer.learning(),
+            "diverged": diverged,
+            "forgetting": forgetting,
+            "notes": list(adapter.notes),
+            "fresh_head": self.loaded.fresh_head,
+            "params": {
+                "trainable": trained,
+                "head": heads,
+                "total": self.numbers + trained,
+                "fraction": trained / (self.numbers + trained),
+            },
+            "ranks": adapter.ranks() if choice.rank is not None else None,
+            "time": {
+                "init_s": init_s,
+                "train_s": trainer.seconds,
+                "eval_s": self.eval_s + trainer.eval_s,
+                "step_ms": 1000 * statistics.median(trainer.durations or [0.0]),
+            },
+            "memory": {
+                "peak_bytes": peak_bytes(self.device),
+                "saved_activation_bytes": trainer.measured["saved_activation_bytes"],
+                "stored_bits": sum(module.bits for module in stored) / numbers,
+                "restoring_bytes": sum(
+                    t.nbytes for layer in adapter.layers.values() for t in layer.subtracted or ()
+                ),
+            },
+            "tokens": trainer.tokens,
+            "flops": trainer.measured["flops_per_token"] * trainer.tokens["seen"],
+            "provenance": {
+                "model": prepared.source.digest,
+                "data": prepared.splits.digest(),
+                **{k: v for k, v in self.environment.items() if k != "sources"},
+            },
+        }
+
+
+def portions(count: int, size: int) -> int:
+    return math.ceil(count / size)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """CUDA: the most that tensors held; CPU: the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

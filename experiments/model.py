@@ -1,0 +1,251 @@
+"""Models and tokenizers: the embedded one, any of transformers, or one of a given size.
+
+A model is described first (its hash and width, without loading it), then loaded.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from variants._targets import HEADS
+
+from .config import HF, Config, Tiny
+from .network import online
+from .tasks import BadInput
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TINY = Path(__file__).parent / "tiny"
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is not loaded yet."""
+
+    node: Tiny | HF | Config
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        if isinstance(self.node, HF):
+            return Path(str(self.node.path)).name
+        return self.node.kind
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Where its files lie; None: it is built from sizes."""
+        if isinstance(self.node, Config):
+            return None
+        if isinstance(self.node, Tiny):
+            return TINY
+        if not self.node.path:
+            raise BadInput("model.path: model=hf needs a folder or a name on the hub")
+        path = Path(self.node.path).expanduser()
+        if path.is_dir():
+            _refuse_broken(path)
+            return path
+        return _from_hub(self.node)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of weights, configuration and tokenizer, or of the sizes and the seed."""
+        if self.folder is None:
+            return hashlib.sha256(json.dumps(vars(self.node), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            if file.suffix in (".safetensors", ".json", ".model", ".txt"):
+                digest.update(file.name.encode())
+                with file.open("rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def width(self) -> int | None:
+        """The hidden size, or None where the model has no such number."""
+        if isinstance(self.node, Config):
+            return self.node.hidden_size
+        settings = json.loads((self.folder / "config.json").read_text())  # type: ignore[operator]
+        settings |= settings.get("text_config") or {}
+        return next((settings[k] for k in WIDTH_KEYS if isinstance(settings.get(k), int)), None)
+
+    def load(self, num_labels: int = 0, regression: bool = False) -> "Loaded":
+        """The model in eval mode with its tokenizer; with `num_labels`, a sequence classifier.
+
+        A head that the files lack is drawn from torch's global generator.
+        """
+        if isinstance(self.node, Config):
+            model, tokenizer = _build(self.node, num_labels)
+            fresh = bool(num_labels)
+        else:
+            model, tokenizer, fresh = _load(self.folder, self.node, num_labels)  # type: ignore[arg-type]
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise BadInput(f"model.path: the tokenizer of {self.name} has no pad and no eos token")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if regression:
+            model.config.problem_type = "regression"
+        return Loaded(model.eval(), tokenizer, fresh_head=fresh)
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer, and whether its head is new."""
+
+    model: Any  # an nn.Module of transformers
+    tokenizer: Any
+    fresh_head: bool
+
+    @property
+    def heads(self) -> list[str]:
+        """The top modules of a classifier's head: trained in full beside the adapter."""
+        return [name for name, _ in self.model.named_children() if name in HEADS]
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence that the model takes."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def _refuse_broken(folder: Path) -> None:
+    """Names a folder without a model, and a weight file that was cut short."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"model.path={folder}: no config.json there, so no model of transformers")
+    for file in folder.glob("*.safetensors"):
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            head = handle.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            try:
+                tensors = json.loads(handle.read(length)) if 8 + length <= size else None
+            except ValueError:
+                tensors = None
+        ends = [t["data_offsets"][1] for k, t in (tensors or {}).items() if k != "__metadata__"]
+        if tensors is None or 8 + length + max(ends, default=0) > size:
+            raise BadInput(f"model.path={folder}: {file.name} is truncated, or no safetensors file")
+
+
+def _from_hub(node: HF) -> Path:
+    """The snapshot of a hub name: from the cache, or fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    name = str(node.path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BadInput(f"model.path={name}: no such folder")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=node.revision,
+                local_files_only=not hub_is_online(),
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"],
+            )
+        )
+    except (OSError, ValueError, HFValidationError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"model.path={name}: no such folder, and nothing of that name from the hub "
+            f"({type(error).__name__}: {why})"
+        ) from None
+
+
+def hub_is_online() -> bool:
+    """Whether the hub may be asked, and answers."""
+    return os.environ.get("HF_HUB_OFFLINE", "") in ("", "0") and online("huggingface.co")
+
+
+def _load(folder: Path, node: Tiny | HF, num_labels: int) -> tuple[Any, Any, bool]:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    trust = isinstance(node, HF) and node.trust_remote_code
+    settings = {"dtype": DTYPES[node.dtype], "trust_remote_code": trust, "local_files_only": True}
+    if num_labels:
+        cls: Any = transformers.AutoModelForSequenceClassification
+        settings["num_labels"] = num_labels
+    else:
+        cls = _causal_class(folder)
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **settings)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise BadInput(f"model.path={folder}: {type(error).__name__}: {why}") from None
+    missing = sorted(str(key) for key in info["missing_keys"])
+    fresh = [key for key in missing if key.split(".")[0] in HEADS]
+    if num_labels == 0 and missing:
+        raise BadInput(
+            f"model.path={folder}: the files lack {len(missing)} tensors of a "
+            f"{type(model).__name__}, the first is {missing[0]}"
+        )
+    return model, tokenizer, bool(fresh)
+
+
+def _causal_class(folder: Path) -> Any:
+    """The class that config.json names, or the automatic one, whose tables take long to import."""
+    import transformers
+
+    named = json.loads((folder / "config.json").read_text()).get("architectures") or [""]
+    if named[0].endswith(("ForCausalLM", "LMHeadModel")) and hasattr(transformers, named[0]):
+        return getattr(transformers, named[0])
+    return transformers.AutoModelForCausalLM
+
+
+def _build(node: Config, num_labels: int) -> tuple[Any, Any]:
+    import transformers
+
+    tokenizer = _tokenizer(node.tokenizer)
+    cls: Any = transformers.LlamaConfig
+    settings = cls(
+        hidden_size=node.hidden_size,
+        num_hidden_layers=node.layers,
+        num_attention_heads=node.heads,
+        num_key_value_heads=node.kv_heads or node.heads,
+        intermediate_size=node.intermediate_size or 4 * node.hidden_size,
+        vocab_size=node.vocab_size or len(tokenizer),
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        num_labels=num_labels or 2,
+        dtype=DTYPES[node.dtype],
+    )
+    cls = transformers.AutoModelForCausalLM
+    if num_labels:
+        cls = transformers.AutoModelForSequenceClassification
+    with torch.random.fork_rng():
+        torch.manual_seed(node.seed)
+        return cls.from_config(settings, dtype=DTYPES[node.dtype]), tokenizer
+
+
+def _tokenizer(folder: str | None) -> Any:
+    """The tokenizer of a folder, or one token a byte."""
+    import transformers
+
+    if folder is not None:
+        path = Path(folder).expanduser()
+        if not (path / "tokenizer.json").is_file():
+            raise BadInput(f"model.tokenizer={folder}: no tokenizer.json there")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(path / "tokenizer.json"), eos_token="<|endoftext|>"
+        )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<eos>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )

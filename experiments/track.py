@@ -1,0 +1,178 @@
+"""Weights & Biases: a mirror of the run folder, never a condition for the run.
+
+It runs in a process of its own, so that its import, its service and the network cost the run
+nothing, and nothing it does can stop the run. Mode `auto` goes online where there is a key and a
+network, else offline; it never asks, and never waits for long. The same run keeps its id, so that
+a resumed one continues it. A run that dies is marked failed.
+
+Lines of json go in ({"open": ...}, {"row": ...}, {"finish": ...}), lines of json come back.
+"""
+
+import contextlib
+import json
+import netrc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from .config import Track
+from .network import online
+from .tasks import BadInput
+
+_server: subprocess.Popen[str] | None = None  # serves every run of this process, one after another
+
+
+class Tracker:
+    """One run before W&B, or before nothing when disabled."""
+
+    def __init__(
+        self,
+        track: Track,
+        folder: Path,
+        *,
+        name: str,
+        group: str,
+        tags: list[str],
+        config: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.say, self.enabled = say, track.mode != "disabled"
+        if not self.enabled:
+            return
+        about = {
+            "project": track.project,
+            "entity": track.entity,
+            "id": folder.name.rpartition("-")[2],
+            "name": name,
+            "group": track.group or group,
+            "tags": tags,
+            "config": config,
+            "dir": str(folder.resolve()),
+        }
+        self._send({"open": about, "track": asdict(track)})
+        if track.mode == "online":  # asked for by name: without it there is no run
+            answer = self._answer()
+            if answer.get("error"):
+                raise BadInput(f"track.mode=online: {answer['error']}")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, at its own step."""
+        self._send({"row": row})
+
+    def finish(self, summary: dict[str, Any] | None, failed: bool = False) -> None:
+        """Closes the run, waiting until all of it is written; a failed one is marked failed."""
+        if self.enabled:
+            self._send({"finish": summary or {}, "failed": failed})
+            for line in self._answer().get("said", []):
+                self.say(line)
+            self.enabled = False
+
+    def _send(self, message: dict[str, Any]) -> None:
+        global _server
+        if not self.enabled:
+            return
+        if _server is None or _server.poll() is not None:
+            _server = subprocess.Popen(
+                [sys.executable, "-m", "experiments.track"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                cwd=Path(__file__).parents[1],
+                start_new_session=True,  # an interrupt is for the run, which then says so here
+            )
+        try:
+            assert _server.stdin is not None
+            _server.stdin.write(json.dumps(message) + "\n")
+            _server.stdin.flush()
+        except OSError:
+            self.enabled = False
+            self.say("track: W&B's process ended; the run goes on without it")
+
+    def _answer(self) -> dict[str, Any]:
+        assert _server is not None
+        assert _server.stdout is not None
+        line = _server.stdout.readline()
+        if not line:
+            self.enabled = False
+            return {"said": ["track: W&B's process ended; the run folder has everything"]}
+        return json.loads(line)
+
+
+def serve() -> None:
+    """The other side: mirrors runs until its input ends. A run that was open then has died."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what W&B prints is not an answer
+    run: Any = None
+    said: list[str] = []
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "open" in message:
+            run, said = _open(message["open"], message["track"]["mode"])
+            if message["track"]["mode"] == "online":
+                answers.write(json.dumps({"error": None if run else said[-1]}) + "\n")
+                answers.flush()
+        elif "row" in message and run is not None:
+            row = message["row"]
+            run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        elif "finish" in message:
+            if run is not None:
+                for key, value in message["finish"].items():
+                    run.summary[key] = value
+                run.finish(exit_code=int(message["failed"]))
+                run = None
+            answers.write(json.dumps({"said": said}) + "\n")
+            answers.flush()
+    if run is not None:
+        run.finish(exit_code=1)
+
+
+def _open(about: dict[str, Any], asked: str) -> tuple[Any, list[str]]:
+    """(the run, what is to be said); no run where even the offline one cannot be opened."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode, said = _mode(asked)
+    settings = wandb.Settings(init_timeout=30, console="off", silent=True)
+    rest: dict[str, Any] = {"resume": "allow", "reinit": "finish_previous", "settings": settings}
+    try:
+        return wandb.init(mode=mode, **about, **rest), said  # type: ignore[arg-type]
+    except Exception as error:
+        said.append(f"track: W&B cannot be reached ({type(error).__name__}: {error})")
+    if asked != "online":
+        with contextlib.suppress(Exception):
+            said[-1] += "; this run is offline"
+            return wandb.init(mode="offline", **about, **rest), said
+    return None, said
+
+
+def _mode(asked: str) -> tuple[Any, list[str]]:
+    if asked != "auto":
+        return asked, []
+    if not _has_key():
+        return "offline", []
+    if not online(_host()):
+        return "offline", ["track: no network to W&B; this run is offline, `wandb sync` sends it"]
+    return "online", []
+
+
+def _host() -> str:
+    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_host()) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,239 @@
+"""The training loop: batches, loss, optimizer, schedule; validation and checkpoints on the way."""
+
+import math
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from variants._adapter import Adapter
+
+from . import batches
+from .evaluate import count_tokens, training_loss
+from .measure import measure
+from .record import Metrics, load_checkpoint, pack, save_checkpoint, unpack
+from .tasks import Example
+
+if TYPE_CHECKING:
+    from .job import Run
+
+
+class Diverged(ArithmeticError):
+    """A loss or a gradient that is not finite."""
+
+
+class Trainer:
+    """The loop: batches, loss, optimizer, schedule; validation and checkpoints on the way."""
+
+    def __init__(
+        self, run: "Run", adapter: Adapter, train: list[Example], scored: list[Example]
+    ) -> None:
+        self.run, self.adapter, self.examples = run, adapter, train
+        self.validation = run.scorer.examples(run.prepared.splits.validation)
+        self.validation = self.validation[: run.settings.eval.limit_during]
+        self.settings, self.optim = run.settings.train, run.settings.optim
+        self.steps: int = self.settings.steps  # type: ignore[assignment]
+        self.model, self.device = run.loaded.model, run.device
+        self.optimizer = adapter.optimizer(
+            run.prepared.lr,
+            steps=self.steps,
+            weight_decay=self.optim.weight_decay,
+            betas=(self.optim.beta1, self.optim.beta2),
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.step, self.seconds, self.eval_s = 0, 0.0, 0.0
+        self.window = [0.0, 0.0, 0]  # summed loss and penalty, and steps, since the last row
+        self.tokens = {"seen": 0, "trained": 0}
+        self.measured: dict[str, float] = {}
+        self.durations: list[float] = []
+        self._resume()
+        self.metrics = Metrics(run.path / "metrics.jsonl", resume_after=self.step)
+
+    def train(self) -> None:
+        """Every step that is left. Raises `Diverged` at the first number that is not finite."""
+        self.run.screen.phase("training", self.steps, done=self.step)
+        try:
+            if not self.measured:
+                self.measured = self._measure()
+            if self.step == 0 and self.settings.eval_every:
+                self._validate()
+            while self.step < self.steps:
+                self._advance()
+        finally:
+            self.metrics.close()
+
+    def _advance(self) -> None:
+        """One step, and what is due after it."""
+        began = time.perf_counter()
+        loss, norm = self._one_step()
+        self.durations.append(time.perf_counter() - began)
+        self.seconds += self.durations[-1]
+        self.run.screen.step(self.step, loss)
+        if self._due(self.settings.log_every):
+            self._log(norm)
+        if self._due(self.settings.eval_every):
+            self._validate()
+        if self._due(self.settings.checkpoint_every):
+            self._save()
+
+    def _due(self, every: int | None) -> bool:
+        """Each `every` steps and after the last; 0: never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.steps)
+
+    def _one_step(self) -> tuple[float, float]:
+        """Gradients of one batch, one step of the optimizer; (loss, gradient norm)."""
+        size: int = self.settings.batch_size  # type: ignore[assignment]
+        chosen = batches.order(len(self.examples), size, self.step, self.run.settings.seed)
+        batch = [self.examples[i] for i in chosen]
+        tokens = count_tokens(batch)
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for part in batches.split(batch, self.settings.accumulate):
+            loss += self._backward(part, tokens)
+        penalty = self.adapter.penalty()
+        if penalty is not None:
+            penalty.backward()
+        norm = self._clip()
+        values = torch.stack([loss, norm, loss.new_zeros(()) if penalty is None else penalty])
+        loss_value, norm_value, penalty_value = values.detach().tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            what = "loss" if not math.isfinite(loss_value) else "gradient"
+            raise Diverged(f"the {what} of step {self.step + 1} is not finite")
+        factor = schedule(self.optim.schedule, self.optim.warmup, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens["seen"] += sum(len(e.ids) for e in batch)
+        self.tokens["trained"] += tokens
+        self.window = [self.window[0] + loss_value, self.window[1] + penalty_value,
+                       self.window[2] + 1]  # fmt: skip
+        return loss_value, norm_value
+
+    def _backward(self, part: Any, tokens: int) -> Tensor:
+        pad_id = self.run.loaded.tokenizer.pad_token_id
+        batch = batches.collate(part, pad_id, self.device)
+        with self.run.scorer.cast():
+            loss = training_loss(self.model, batch, tokens)
+        loss.backward()
+        return loss.detach()
+
+    def _clip(self) -> Tensor:
+        limit = self.optim.clip or math.inf
+        return torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), limit)
+
+    def _log(self, norm: float) -> None:
+        loss, penalty, count = self.window
+        row: dict[str, Any] = {"step": self.step, "loss": loss / count, "grad_norm": norm,
+                               "lr": self.optimizer.param_groups[0]["lr"]}  # fmt: skip
+        state = self.adapter.allocation_state
+        if self.adapter.choice.allocation.penalized:
+            row["penalty"] = penalty / count
+        if self.adapter.choice.allocation.scheduled and state is not None:
+            row["budget"] = state["budget"]
+            row["ranks"] = list(self.adapter.ranks().values())
+        self._row(row | {"seconds": self.seconds})
+        self.window = [0.0, 0.0, 0]
+
+    def _row(self, row: dict[str, Any]) -> None:
+        self.metrics.add(row)
+        self.run.tracker.log(row)
+
+    def _validate(self) -> None:
+        began = time.perf_counter()
+        scores = self.run.scorer.quick(self.validation)
+        self.eval_s += time.perf_counter() - began
+        row = {f"validation/{k}": v for k, v in scores.items()}
+        self._row({"step": self.step, **row, "seconds": self.seconds})
+        self.run.screen.note(", ".join(f"{k} {v:.3g}" for k, v in scores.items()))
+
+    def learning(self) -> dict[str, float]:
+        """The mean of each validation score over the steps (the area under its curve)."""
+        found = {}
+        for key in ("loss", "exact"):
+            points = [(row["step"], row[f"validation/{key}"]) for row in self.metrics.rows
+                      if f"validation/{key}" in row]  # fmt: skip
+            if len(points) > 1:
+                area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2
+                           for a, b in pairwise(points))  # fmt: skip
+                found[f"mean_{key}"] = area / (points[-1][0] - points[0][0])
+        return found
+
+    def _measure(self) -> dict[str, float]:
+        """What the first batch keeps for backward, and its FLOPs; changes nothing."""
+        size: int = self.settings.batch_size  # type: ignore[assignment]
+        chosen = batches.order(len(self.examples), size, 0, self.run.settings.seed)
+        part = [self.examples[i] for i in chosen[: size // self.settings.accumulate]]
+        with torch.random.fork_rng():
+            found = measure(lambda: self._backward(part, count_tokens(part)), self.model)
+        self.optimizer.zero_grad()
+        tokens = sum(len(e.ids) for e in part)
+        return {"saved_activation_bytes": found["saved_bytes"],
+                "flops_per_token": found["flops"] / tokens}  # fmt: skip
+
+    def _save(self) -> None:
+        tensors = {f"adapter.{k}": t for k, t in self.adapter.tensors().items()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "adapter": self.adapter.state(),
+            "rng": {"cpu": torch.get_rng_state()},
+            "window": self.window,
+            "seconds": self.seconds,
+            "eval_s": self.eval_s,
+            "tokens": self.tokens,
+            "measured": self.measured,
+        }
+        if self.device.type == "cuda":
+            state["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        plain = pack(state, "state", tensors)
+        cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+        save_checkpoint(self.run.checkpoints, self.step, cpu, plain)
+
+    def _resume(self) -> None:
+        """Continues from the newest whole checkpoint, if there is one."""
+        torch.manual_seed(self.run.settings.seed)  # of dropout, the adapter's and the model's own
+        found = load_checkpoint(self.run.checkpoints)
+        if found is None:
+            return
+        step, tensors, plain = found
+        state = unpack(plain, tensors)
+        for name, own in self.adapter.tensors().items():
+            own.copy_(tensors[f"adapter.{name}"])
+        initial = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(self.optimizer.param_groups, initial, strict=True):
+            group["initial_lr"] = lr
+        self.adapter.set_state(_to(state["adapter"], self.device))
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.step, self.seconds, self.eval_s = step, state["seconds"], state["eval_s"]
+        self.window, self.tokens = state["window"], state["tokens"]
+        self.measured = state["measured"]
+        self.run.screen.say(f"resumed after step {step} of {self.steps}")
+
+
+def schedule(name: str, warmup: float, step: int, steps: int) -> float:
+    """The factor of the learning rate at `step` (from 0): a linear warm-up, then the named rule.
+
+    `warmup` below 1 is a share of the steps. cosine and linear end at zero after the last step.
+    """
+    warm = round(warmup * steps) if warmup < 1 else int(warmup)
+    if step < warm:
+        return (step + 1) / warm
+    if name == "constant":
+        return 1.0
+    left = 1 - (step - warm) / max(1, steps - warm)
+    return left if name == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return [_to(v, device) for v in value] if isinstance(value, list) else value

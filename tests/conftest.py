@@ -1,0 +1,27 @@
+"""Fixtures: real data through LORA_DATA, no network, no progress bars."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products; a busy machine; equal bits
+os.environ.pop("WANDB_API_KEY", None)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real models and data sets, or a skip that says why."""
+    where = os.environ.get("LORA_DATA")
+    if not where:
+        pytest.skip("LORA_DATA is not set: the folder of real models and data sets")
+    return Path(where)
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path) -> Path:
+    """A real pretrained Llama of 260,032 parameters."""
+    return data / "models" / "stories260K"

@@ -1,0 +1,150 @@
+"""AdaLoRA's allocator against the published schedules and against its definition in float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import variants
+from variants.adalora import AdaLoRABudget
+
+# (script, total steps, init rank, target rank, warm-up, final, interval), 72 matrices:
+# QingruZhang/AdaLoRA, NLU/scripts; total = epochs x batches of 32 of the GLUE training set
+PUBLISHED = [
+    ("mnli", 7 * 12272, 3, 1, 8000, 50000, 100),
+    ("cola", 25 * 268, 3, 1, 800, 3500, 10),
+    ("mrpc", 30 * 115, 2, 1, 600, 1800, 1),
+    ("qnli", 5 * 3274, 2, 1, 2000, 8000, 100),
+    ("qqp", 5 * 11371, 2, 1, 8000, 25000, 100),
+    ("rte", 50 * 78, 2, 1, 600, 1800, 1),
+    ("sst2", 24 * 2105, 2, 1, 6000, 22000, 100),
+    ("stsb", 25 * 180, 2, 1, 800, 2000, 10),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "total", "init", "target", "warmup", "final", "every"), PUBLISHED
+)
+def test_budget_at_every_step(
+    script: str, total: int, init: int, target: int, warmup: int, final: int, every: int
+) -> None:
+    """The rule of the official `schedule_threshold`, written out here a second time."""
+    rule = AdaLoRABudget(target_rank=target, warmup=warmup, final=final, every=every)
+    start, end = 72 * init, 72 * target
+    for step in range(1, total + 1):
+        if step <= warmup:
+            wanted = (start, False)
+        elif step > total - final:
+            wanted = (end, True)
+        else:
+            left = 1 - (step - warmup) / (total - final - warmup)
+            wanted = (int(end + (start - end) * left**3), step % every == 0)
+        assert rule.budget(step, total, start, 72) == wanted
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).double()
+
+
+def _train(steps: int, **settings: float) -> tuple[variants.Adapter, list[int], list[dict]]:
+    adapter = variants.attach(_net(), "adalora", rank=6, allocation={"name": "adalora", **settings})
+    optimizer = adapter.optimizer(2e-2, steps=steps)
+    x = torch.randn(64, 12, dtype=torch.float64)
+    y = torch.randn(64, 8, dtype=torch.float64)
+    kept, grads = [], []
+    for _ in range(steps):
+        penalty = adapter.penalty()
+        assert penalty is not None
+        ((adapter.model(x) - y).square().mean() + penalty).backward()
+        before = {n: {k: t.grad.clone() for k, t in la.p.items()}  # type: ignore[union-attr]
+                  for n, la in adapter.layers.items()}  # fmt: skip
+        optimizer.step()
+        after = {n: {k: t.detach().clone() for k, t in la.p.items()}
+                 for n, la in adapter.layers.items()}  # fmt: skip
+        grads.append({n: (before[n], after[n]) for n in before})
+        optimizer.zero_grad()
+        kept.append(sum(adapter.ranks().values()))
+    return adapter, kept, grads
+
+
+def test_masks_keep_the_budget_and_triplets_may_return() -> None:
+    adapter, kept, _ = _train(60, target_rank=2.0, warmup=10.0, final=20.0, every=5.0)
+    rule = adapter.choice.allocation
+    for step, count in enumerate(kept, start=1):
+        budget, masked = rule.budget(step, 60, 12, 2)  # type: ignore[attr-defined]
+        if masked:
+            assert count == budget, step
+    assert kept[9] == 12 and kept[-1] == 4
+    assert any(after > before for before, after in pairwise(kept)), (
+        "between two masks Adam revives masked triplets"
+    )
+
+
+def test_importance_is_its_definition() -> None:
+    """S = s(E) + mean s(P) + mean s(Q) with both averages, from the recorded numbers alone.
+
+    Steps 1 to 7 count; step 8, the last, masks by what they gave.
+    """
+    adapter, _, grads = _train(8, target_rank=4.0, warmup=7.0, final=0.0, every=1.0)
+    mean: dict = {}
+    spread: dict = {}
+    for row in grads[:-1]:
+        for name, (grad, value) in row.items():
+            for key in "PEQ":
+                ident = (name, key)
+                sensitivity = (value[key] * grad[key]).abs()
+                mean[ident] = 0.85 * mean.get(ident, 0.0) + 0.15 * sensitivity
+                spread[ident] = (
+                    0.85 * spread.get(ident, 0.0) + 0.15 * (sensitivity - mean[ident]).abs()
+                )
+    state = adapter.allocation_state
+    assert state is not None
+    for i, ident in enumerate((name, key) for name in adapter.layers for key in "PEQ"):
+        torch.testing.assert_close(state["mean"][i], mean[ident], rtol=1e-12, atol=1e-18)
+        torch.testing.assert_close(state["uncertainty"][i], spread[ident], rtol=1e-12, atol=1e-18)
+    scores = {k: mean[k] * spread[k] for k in mean}
+    importance = torch.cat([
+        scores[name, "E"] + scores[name, "P"].mean(0) + scores[name, "Q"].mean(1)
+        for name in adapter.layers
+    ])  # fmt: skip
+    dropped = importance <= importance.sort().values[12 - 8 - 1]
+    E = torch.cat([layer.p["E"] for layer in adapter.layers.values()])
+    assert torch.equal(E == 0, dropped)
+
+
+def test_target_equal_to_start_is_no_error() -> None:
+    _, kept, _ = _train(20, target_rank=6.0)
+    assert kept[-1] == 12
+
+
+def test_penalty_is_not_in_the_evaluation_loss_and_its_absence_is_said() -> None:
+    adapter = variants.attach(_net(), "adalora", rank=4)
+    optimizer = adapter.optimizer(1e-3, steps=10)
+    adapter.model(torch.randn(2, 12, dtype=torch.float64)).mean().backward()
+    with pytest.warns(UserWarning, match=r"add adapter\.penalty"):
+        optimizer.step()
+
+
+def test_missing_length_of_the_run_is_said() -> None:
+    adapter = variants.attach(_net(), "adalora", rank=4)
+    with pytest.warns(UserWarning, match="number of steps"):
+        adapter.optimizer(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": 30.0, "final": 80.0}, "leave nothing of 100"),
+        ({"target_rank": 9.0}, "the initial rank gives"),
+        ({"beta1": 1.0}, "between 0 and 1"),
+        ({"every": -1.0}, "negative"),
+    ],
+)
+def test_impossible_schedules_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(variants.Incompatible, match=message):
+        adapter = variants.attach(
+            _net(), "adalora", rank=4, allocation={"name": "adalora", **settings}
+        )
+        adapter.optimizer(1e-3, steps=100)

@@ -1,0 +1,276 @@
+"""Targets, kinds of layers, names that are refused, and adapters on real architectures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import variants
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4}  # fmt: skip
+
+
+def causal(kind: str, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def gpt2() -> Any:
+    return causal("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+
+
+def llama(**more: Any) -> Any:
+    return causal("llama", **SMALL, **more)
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SMALL, num_labels=3)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2,
+                                   num_heads=4, feed_forward_proj="gated-gelu")  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def names(model: nn.Module, targets: Any) -> list[str]:
+    return [item.site.name for item in variants.plan(model, variants.choose("lora", 2), targets)]
+
+
+def test_roles_of_llama() -> None:
+    model = llama()
+    assert len(names(model, "all-linear")) == 14
+    assert names(model, "q,v")[:2] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
+    assert {n.rpartition(".")[2] for n in names(model, "attention")} == {
+        "q_proj", "k_proj", "v_proj", "o_proj"
+    }  # fmt: skip
+    assert {n.rpartition(".")[2] for n in names(model, ["mlp"])} == {
+        "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert names(model, ["layers.1.mlp.up_proj", "up"]) == names(model, "up")
+
+
+def test_roles_of_bert_and_t5() -> None:
+    ends = {n.partition("layer.0.")[2] for n in names(bert(), "o,up,down") if "layer.0." in n}
+    assert ends == {"attention.output.dense", "intermediate.dense", "output.dense"}
+    assert not any("classifier" in n for n in names(bert(), "all-linear"))
+    assert {n.rpartition(".")[2] for n in names(t5(), "all-linear")} == {
+        "q", "k", "v", "o", "wi_0", "wi_1", "wo"
+    }  # fmt: skip
+
+
+def test_fused_roles_of_gpt2_are_slices() -> None:
+    assert names(gpt2(), "q,v")[:2] == ["transformer.h.0.attn.c_attn.q",
+                                        "transformer.h.0.attn.c_attn.v"]  # fmt: skip
+    assert "transformer.h.0.attn.c_attn" in names(gpt2(), "attention")
+    assert {n.rpartition(".")[2] for n in names(gpt2(), "mlp")} == {"c_fc", "c_proj"}
+
+
+@pytest.mark.parametrize("preset", variants.names())
+@pytest.mark.parametrize("build", [gpt2, llama, bert, t5])
+def test_every_variant_on_every_architecture(build: Any, preset: str, tmp_path: Path) -> None:
+    """Trains, is itself again when disabled, merges, saves and loads."""
+    model, ids = build(), torch.randint(1, 64, (2, 8))
+    inputs = {"input_ids": ids}
+    if build is t5:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        before = model(**inputs).logits
+    rank = None if preset == "full" else 4
+    adapter = variants.attach(model, preset, rank=rank)
+    optimizer = adapter.optimizer(1e-2, steps=2)
+    for _ in range(2):
+        penalty = adapter.penalty()
+        loss = model(**inputs).logits.square().mean()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        after = model(**inputs).logits
+        with adapter.disabled():
+            off = model(**inputs).logits
+        if not adapter.choice.base.lossy:
+            torch.testing.assert_close(off, before, rtol=1e-5, atol=1e-5)
+        adapter.save(tmp_path)
+        loaded = variants.load(build(), tmp_path)
+        torch.testing.assert_close(loaded.model(**inputs).logits, after, rtol=0, atol=0)
+        adapter.merge()
+        torch.testing.assert_close(model(**inputs).logits, after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["lora", "dora", "pissa", "adalora", "qlora"])
+def test_slices_of_a_fused_layer(preset: str, tmp_path: Path) -> None:
+    """q and v of GPT-2's c_attn learn; k stays where it was."""
+    model, ids = gpt2(), torch.randint(0, 64, (2, 8))
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
+    adapter = variants.attach(model, preset, rank=4, targets="q,v")
+    optimizer = adapter.optimizer(1e-2, steps=3)
+    for _ in range(3):
+        penalty = adapter.penalty()
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        after = model(input_ids=ids).logits
+        adapter.save(tmp_path)
+        torch.testing.assert_close(
+            variants.load(gpt2(), tmp_path).model(input_ids=ids).logits, after, rtol=0, atol=0
+        )
+        with pytest.raises(variants.Incompatible, match="slice of a fused layer"):
+            adapter.save_peft(tmp_path / "peft")
+        moved = adapter.ranks()["transformer.h.0.attn.c_attn.q"] > 0  # a budget may drop it whole
+        adapter.merge()
+        torch.testing.assert_close(model(input_ids=ids).logits, after, rtol=1e-4, atol=1e-5)
+    merged = model.transformer.h[0].attn.c_attn.weight
+    assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    if not adapter.choice.base.lossy:
+        assert torch.equal(merged[:, 32:64], weight[:, 32:64])
+    assert torch.equal(merged[:, :32], weight[:, :32]) != moved
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "dorra"}, "did you mean 'dora'"),
+        ({"preset": "lora", "form": "dorra"}, "form=dorra: no such form"),
+        ({"preset": "lora", "shape": "x"}, "axis=shape: no such axis"),
+        ({"preset": "lora", "form": {"name": "dora", "x": 1}}, "no setting 'x'; its settings"),
+        ({"preset": "lora", "rank": 0}, "rank=0: the rank is a whole number"),
+        ({"preset": "lora", "rank": 2.5}, "rank=2.5: the rank is a whole number"),
+        ({"preset": "lora", "rank": True}, "whole number"),
+        ({"preset": "lora", "rank": 100000}, r"rank=100000: .* is 32 x 32, so its rank is at most"),
+        ({"preset": "factorized", "rank": 100000}, "no target has a rank above 32"),
+        ({"preset": "lora", "alpha": "x"}, "alpha=x: a number, or a multiple of the rank"),
+        ({"preset": "lora", "alpha": -1}, "alpha=-1: alpha is a positive number"),
+        ({"preset": "lora", "targets": "nothing"}, "targets=nothing: matches no linear layer"),
+        ({"preset": "lora", "targets": ["q_proj", "typo"]}, "targets=typo: matches no linear"),
+        ({"preset": "lora", "dropout": 1.0}, "dropout=1.0: a probability"),
+        ({"preset": "full", "init": "pissa"}, "init pissa needs a low-rank form, not full"),
+        ({"preset": "full", "scale": "rslora"}, "form full has no scale"),
+        ({"preset": "lora", "allocation": "adalora"}, "needs a form with singular values"),
+        ({"preset": "lora", "modules_to_save": ["x"]}, "modules_to_save=x: matches 0 modules"),
+    ],
+)
+def test_refusals_name_the_choice_and_change_nothing(arguments: dict, message: str) -> None:
+    model = llama()
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    arguments = dict(arguments)
+    with pytest.raises(variants.Incompatible, match=message) as caught:
+        variants.attach(model, arguments.pop("preset"), **arguments)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_setting_without_meaning_is_said() -> None:
+    with pytest.warns(UserWarning, match="rank=8 has no meaning for form full"):
+        adapter = variants.attach(llama(), "full", rank=8)
+    assert adapter.notes == ["rank=8 has no meaning for form full: there is none"]
+    with pytest.warns(UserWarning, match="alpha=8 has no meaning with scale none"):
+        variants.attach(llama(), "factorized", alpha=8)
+    with pytest.warns(UserWarning, match="calibration batches have no use"):
+        variants.attach(llama(), "lora", calibration=[1])
+
+
+def test_a_tied_head_is_refused_and_an_untied_one_adapted() -> None:
+    with pytest.raises(variants.Incompatible, match=r"tied to model\.embed_tokens"):
+        variants.attach(llama(tie_word_embeddings=True), "pissa", rank=4, targets="lm_head")
+    adapter = variants.attach(llama(tie_word_embeddings=False), "lora", rank=4, targets="lm_head")
+    assert list(adapter.layers) == ["lm_head"]
+
+
+def test_a_base_stores_every_linear_layer_but_the_head() -> None:
+    model = llama()
+    adapter = variants.attach(model, "qlora", rank=4, targets="q,v")
+    kinds = {n.rpartition(".")[2]: type(m).__name__ for n, m in model.named_modules()}
+    assert kinds["up_proj"] == "Frozen" and kinds["q_proj"] == "Adapted"
+    assert kinds["lm_head"] == "Linear"
+    assert len(adapter.layers) == 4
+    adapter.detach()
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_one_adapter_a_model() -> None:
+    model = llama()
+    adapter = variants.attach(model, "lora", rank=2)
+    with pytest.raises(variants.Incompatible, match="has an adapter already"):
+        variants.attach(model, "dora", rank=2)
+    adapter.detach()
+    with pytest.raises(variants.Incompatible, match="has left its model"):
+        adapter.merge()
+    variants.attach(model, "dora", rank=2)
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
+    variants.attach(llama(), "lora", rank=2).save(tmp_path)
+    file = tmp_path / "adapter.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(variants.Incompatible, match="truncated, or not a safetensors"):
+        variants.load(llama(), tmp_path)
+    file.unlink()
+    with pytest.raises(variants.Incompatible, match="no such file"):
+        variants.load(llama(), tmp_path)
+    file.write_bytes(whole)
+    settings = tmp_path / "adapter.json"
+    text = settings.read_text()
+    settings.write_text(text[:100])
+    with pytest.raises(variants.Incompatible, match="truncated, or not json"):
+        variants.load(llama(), tmp_path)
+    settings.write_text(text)
+    with pytest.raises(variants.Incompatible, match="matches no linear layer"):
+        variants.load(gpt2(), tmp_path)
+
+
+def test_another_base_is_said(tmp_path: Path) -> None:
+    variants.attach(llama(), "lora", rank=2).save(tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight += 0.01
+    with pytest.warns(UserWarning, match="1 of 14 matrices differ"):
+        variants.load(other, tmp_path)
+
+
+def test_activation_checkpointing_with_dropout() -> None:
+    """The recomputed forward draws the same masks: gradients equal those without it."""
+    grads = []
+    for checkpointing in (False, True):
+        model = llama().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        adapter = variants.attach(model, "dora", rank=4, dropout=0.3)
+        with torch.no_grad():
+            for t in adapter.parameters():
+                t += 0.05
+        torch.manual_seed(1)
+        ids = torch.arange(16).view(2, 8)
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([t.grad for t in adapter.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_runs_the_adapter_in_bf16() -> None:
+    model, ids = llama(), torch.arange(16).view(2, 8)
+    for preset in ("lora", "dora", "qlora"):
+        adapter = variants.attach(model, preset, rank=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids).logits
+            logits.float().mean().backward()
+        assert logits.dtype == torch.bfloat16
+        assert all(t.grad.dtype == torch.float32 for t in adapter.parameters())
+        adapter.detach()

@@ -1,0 +1,393 @@
+"""Whole runs, by the commands that people type, on the embedded model."""
+
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import record
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
+         "track.mode=disabled", "task.items=200"]  # fmt: skip
+
+
+def command(*words: str, out: Path) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), *words, f"out_dir={out}"]
+
+
+@dataclass
+class Said:
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def called(run: Callable[[], Any], words: list[str], code: int) -> Said:
+    """A command in this process: imports are paid once."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, found = words, 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run()
+    except SystemExit as exit_:
+        found = int(exit_.code or 0)
+    finally:
+        sys.argv = before
+        gc.enable()
+    assert found == code, out.getvalue() + err.getvalue()
+    return Said(out.getvalue(), err.getvalue())
+
+
+def lab(*words: str, out: Path, code: int = 0) -> Said:
+    """`python run.py WORDS out_dir=OUT`."""
+    argv = ["run.py", *words, f"out_dir={out}"]
+    script = str(ROOT / "run.py")
+    return called(lambda: runpy.run_path(script, run_name="__main__"), argv, code)
+
+
+def module(name: str, *words: str, code: int = 0) -> Said:
+    """`python -m NAME WORDS`."""
+    run = importlib.import_module(name).main
+    return called(lambda: sys.exit(run()), [name, *words], code)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def only(out: Path) -> Path:
+    (found,) = (p for p in (out / "single").iterdir() if p.is_dir())
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of PiSSA on DoRA, tracked offline, in a process of its own."""
+    out = tmp_path_factory.mktemp("finished") / "runs"
+    words = [w for w in QUICK if not w.startswith("track")]
+    run = command("variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline", *words,
+                  out=out)  # fmt: skip
+    done = subprocess.run(run, capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return only(out)
+
+
+def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    assert names >= {"config.yaml", "env.json", "metrics.jsonl", "predictions.jsonl", "checkpoint",
+                     "adapter", "run.log", "status.json", "result.json"}  # fmt: skip
+    assert not [n for n in names if n.endswith(".part")]
+    result = json.loads((finished / "result.json").read_text())
+    assert set(result) >= {"schema", "run_id", "status", "config", "metrics", "forgetting",
+                           "params", "time", "memory", "tokens", "flops", "provenance"}  # fmt: skip
+    assert result["status"] == "done" and finished.name == f"dora-r4-{result['run_id']}"
+    assert set(result["config"]) >= {"variant", "axes", "rank", "alpha", "model", "task", "seed",
+                                     "lr", "steps"}  # fmt: skip
+    assert result["config"]["variant"] == "dora"
+    assert result["config"]["axes"]["init"]["name"] == "pissa"
+    metrics = result["metrics"]
+    assert set(metrics["base"]) == set(metrics["tuned"]) >= {"loss", metrics["primary"]}
+    assert set(result["forgetting"]) == {"base", "tuned"}
+    assert set(result["time"]) >= {"init_s", "train_s", "eval_s", "step_ms"}
+    assert set(result["memory"]) >= {"peak_bytes", "saved_activation_bytes", "stored_bits"}
+    assert result["memory"]["stored_bits"] == 32 and result["memory"]["restoring_bytes"] > 0
+    assert result["flops"] > 0 and result["tokens"]["trained"] > 0
+    assert result["params"]["fraction"] == pytest.approx(
+        result["params"]["trainable"] / result["params"]["total"]
+    )
+    rows = rows_of(finished / "predictions.jsonl")
+    assert len(rows) == 16 and all(set(r) == {"id", "reference", "base", "tuned"} for r in rows)
+    hits = sum(r["tuned"] == r["reference"] for r in rows)
+    assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 16)
+    steps = rows_of(finished / "metrics.jsonl")
+    assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in steps if "validation/loss" in r] == [0, 1, 2, 3, 4, 5, 6]
+    assert {p.name for p in (finished / "adapter").iterdir()} == {
+        "adapter.safetensors", "adapter.json"
+    }  # fmt: skip
+    env = json.loads((finished / "env.json").read_text())
+    assert "variants/dora.py" in env["sources"] and "experiments/train.py" in env["sources"]
+    assert env["packages"]["torch"] == torch.__version__
+
+
+def test_the_same_command_repeats_nothing(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    words = [w for w in QUICK if not w.startswith("track")]
+    done = lab("variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline", *words,
+               out=finished.parents[1])  # fmt: skip
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+    assert str(finished) in done.stdout.replace("\n", "")
+
+
+def test_wandb_has_the_history_and_the_config(finished: Path) -> None:
+    (file,) = finished.glob("wandb/offline-run-*/run-*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([wandb, "leet", "inspect", "--json", file], capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    text = done.stdout
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    assert len(rows) > 6
+    for word in ("validation/exact", "grad_norm", "pissa", "seq_len", finished.name):
+        assert word in text, word
+
+
+def test_export_loads_in_peft_and_in_transformers(finished: Path, tmp_path: Path) -> None:
+    import transformers
+    from peft import PeftModel
+
+    from experiments.model import TINY
+    from experiments.saved import open_run
+
+    for kind in ("peft", "merged", "native"):
+        done = module("experiments.export", str(finished), "--to", kind, "--out",
+                      str(tmp_path / kind))  # fmt: skip
+        assert str(tmp_path / kind) in done.stdout
+    assert "merge error" in module(
+        "experiments.export", str(finished), "--to", "merged", "--out", str(tmp_path / "again")
+    ).stdout  # fmt: skip
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        wanted = open_run(finished)[0].model(ids).logits
+        base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+        their = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+        allowed = 1e-6 * wanted.abs().max().item()
+        torch.testing.assert_close(their(input_ids=ids).logits, wanted, rtol=0, atol=allowed)
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=0, atol=allowed)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == ";"
+    done = module("experiments.export", str(finished), "--to", "peft", "--out",
+                  str(tmp_path / "peft"), code=1)  # fmt: skip
+    assert done.stderr.strip().endswith("not empty")
+
+
+def test_evaluate_and_generate_a_saved_run(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    done = module("experiments.evaluate", str(copy), "--json")
+    again = json.loads(done.stdout)["metrics"]
+    assert again == json.loads((copy / "result.json").read_text())["metrics"]
+    rows = "\n".join(json.dumps({"prompt": f"<copy>{c}bc=", "response": f"{c}bc"})
+                     for c in "abcdefghijklmnopqrstuvwxyz" * 2)  # fmt: skip
+    (tmp_path / "d.jsonl").write_text(rows)
+    done = module("experiments.evaluate", str(copy), "task=jsonl",
+                  f"task.path={tmp_path}/d.jsonl", "eval.split=test", "--json")  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["task"] == "jsonl" and set(found["metrics"]["base"]) == {"loss", "exact_match"}
+    assert found["metrics"]["base"]["exact_match"] > 0.9  # an old skill of the base
+    assert len((Path(found["folder"]) / "predictions.jsonl").read_text().splitlines()) == 5
+    done = module("experiments.generate", str(copy), "--prompt", "<copy>abc=", "--base")
+    assert done.stdout == "abc\n"
+    assert module("experiments.generate", str(copy), "--prompt", "<copy>abc=").stdout
+    done = module("experiments.generate", str(tmp_path), "--prompt", "x", code=1)
+    assert "no folder of a run" in done.stderr
+
+
+BAD = [
+    (["variant=dorra"], "error: variant=dorra: no such variant (did you mean 'dora'?); choices:"),
+    (["rank=0"], "error: rank=0: a positive number"),
+    (["rank=100000"], "error: rank=100000: "),
+    (["targets=nothing"], "error: targets=nothing: matches no linear layer; roles: all-linear"),
+    (["task=lm", "task.path=missing"], "error: task.path=missing: no such file or folder"),
+    (["optim.lr=abc"], "error: optim.lr=abc: "),
+    (["optim.lr=nan"], "error: optim.lr=nan: a positive number"),
+    (["variant=full", "variant/init=pissa"], "error: init pissa needs a low-rank form, not full"),
+    (["varient=dora"], "error: varient: no such key (did you mean 'variant'?); choices: variant"),
+    (["task=skils"], "error: task=skils: no such task (did you mean 'skills'?); choices:"),
+    (["device=tpu7"], "error: device=tpu7: choices: auto, cpu"),
+    (["model=hf", "model.path=./missing"], "error: model.path=./missing: no such folder"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), BAD, ids=lambda v: v[0] if isinstance(v, list) else ""
+)
+def test_bad_input_is_one_line(words: list[str], message: str, tmp_path: Path) -> None:
+    done = lab(*words, "track.mode=disabled", out=tmp_path / "runs", code=1)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(message), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("result.json"))
+    assert not list(tmp_path.rglob("status.json"))
+
+
+def test_a_truncated_model_is_named(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments" / "tiny", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100000])
+    done = lab("model=hf", f"model.path={tmp_path}/model", *QUICK, out=tmp_path / "runs", code=1)
+    assert done.stderr.strip().endswith("model.safetensors is truncated, or no safetensors file")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_divergence_is_a_result(tmp_path: Path) -> None:
+    words = ["variant=lora", "optim.lr=1e30", "optim.clip=0", "optim.warmup=0", *QUICK]
+    lab(*words, out=tmp_path / "runs")
+    folder = only(tmp_path / "runs")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "diverged" and "not finite" in result["diverged"]
+    assert set(result["metrics"]["tuned"]) == set(result["metrics"]["base"])
+    assert json.loads((folder / "status.json").read_text())["status"] == "diverged"
+    assert record.load_checkpoint(folder / "checkpoint") is not None
+    before = (folder / "result.json").stat().st_mtime_ns
+    lab(*words, out=tmp_path / "runs")
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+
+def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    words = ["-m", "variant=lora,pissa", "rank=2,4", *QUICK]
+    done = lab(*words, out=out)
+    results = sorted(out.rglob("result.json"))
+    assert len(results) == 4 and "4 runs" in done.stdout
+    stamps = [p.stat().st_mtime_ns for p in results]
+    words[2] = "rank=2,4,100000"
+    done = lab(*words, out=out, code=1)
+    assert "refused: variant=lora rank=100000" in done.stderr
+    assert [p.stat().st_mtime_ns for p in results] == stamps
+    assert "6 runs" in done.stdout
+    done = lab(*words, "dry=true", out=out, code=0)
+    assert done.stdout.count("done ") == 4
+
+
+def _kill_after(step: int, words: list[str], out: Path) -> None:
+    """Starts the run and kills it with SIGKILL once that step is logged."""
+    process = subprocess.Popen(command(*words, out=out), stdout=subprocess.DEVNULL, cwd=out.parent)
+    while process.poll() is None:
+        rows = [p.read_text().count('"grad_norm"') for p in out.rglob("metrics.jsonl")]
+        if rows and rows[0] >= step:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _same(a: Path, b: Path) -> None:
+    """The adapters to the bit, the metrics in every field but times."""
+    one, other = (load_file(p / "adapter" / "adapter.safetensors") for p in (a, b))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    rows: list[list[dict[str, Any]]] = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(p / "metrics.jsonl")]
+        for p in (a, b)
+    ]  # fmt: skip
+    assert rows[0] == rows[1]
+    results = [json.loads((p / "result.json").read_text()) for p in (a, b)]
+    for key in ("metrics", "forgetting", "learning", "tokens", "config", "ranks", "flops"):
+        assert results[0][key] == results[1][key], key
+
+
+KILLED = ["variant=adalora", "rank=4", "dropout=0.1", "train.steps=40", "train.batch_size=8",
+          "eval.limit=16", "eval.limit_during=8", "task.items=200", "track.mode=disabled",
+          "train.checkpoint_every=7", "train.log_every=1"]  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    lab(*KILLED, out=tmp_path / "whole")
+    out = tmp_path / "killed"
+    _kill_after(17, KILLED, out)
+    assert not list(out.rglob("result.json"))
+    done = lab(*KILLED, out=out)
+    assert "resumed after step" in done.stdout
+    _same(only(tmp_path / "whole"), only(out))
+
+
+@pytest.mark.slow
+def test_ten_kills_in_a_row(tmp_path: Path) -> None:
+    """At random steps, of every variant that has state of its own."""
+    import random
+
+    for preset in ("adalora", "dora"):
+        words = [f"variant={preset}", *KILLED[1:]]
+        lab(*words, out=tmp_path / f"whole-{preset}")
+        for kill in range(10):
+            out = tmp_path / f"{preset}-{kill}"
+            _kill_after(random.Random(kill).randrange(1, 39), words, out)
+            lab(*words, out=out)
+            _same(only(tmp_path / f"whole-{preset}"), only(out))
+
+
+def test_a_run_that_is_held_is_not_run_twice(tmp_path: Path) -> None:
+    lab("variant=lora", "rank=2", *QUICK, out=tmp_path / "runs")
+    folder = only(tmp_path / "runs")
+    (folder / "result.json").unlink()
+    with record.Folder(folder).locked() as held:
+        assert held
+        done = lab("variant=lora", "rank=2", *QUICK, out=tmp_path / "runs", code=1)
+        assert "another process is running this very run" in done.stderr
+
+
+def test_a_checkpoint_survives_a_full_disk_and_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"x": torch.ones(3)}
+    record.save_checkpoint(tmp_path, 1, tensors, {"a": 1})
+    record.save_checkpoint(tmp_path, 2, tensors, {"a": 2})
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            record.save_checkpoint(tmp_path, 3, tensors, {"a": 3})
+    found = record.load_checkpoint(tmp_path)
+    assert found is not None and found[0] == 2
+    assert not list(tmp_path.glob("new.*"))
+    file = tmp_path / "last" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    found = record.load_checkpoint(tmp_path)
+    assert found is not None and found[0] == 1 and found[2] == {"a": 1}
+    (tmp_path / "previous" / "state.json").write_text("{")
+    assert record.load_checkpoint(tmp_path) is None
+
+
+def test_code_that_changed_makes_a_finished_run_stale(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    folder = record.Folder(copy)
+    assert folder.state == "done"
+    env = json.loads((copy / "env.json").read_text())
+    env["sources"]["variants/dora.py"] = "0" * 64
+    record.write_json(copy / "env.json", env)
+    assert folder.state == "stale" and folder.changed_sources() == ["variants/dora.py"]
+
+
+def test_generation_does_not_change_with_the_batch_size() -> None:
+    from experiments.config import Tiny
+    from experiments.generate import generate
+    from experiments.model import Source
+
+    loaded = Source(Tiny()).load()
+    words = ["<copy>abcd=", "<reverse>abcdef=", "<sort>zyx=", "<last>qwer=", "<upper>abc="]
+    prompts = [loaded.tokenizer(word).input_ids for word in words]
+    texts = [generate(loaded, prompts, max_new_tokens=8, batch_size=size) for size in (1, 2, 5)]
+    assert texts[0] == texts[1] == texts[2] == ["abcd", "fedcba", "xyz", "r", "ABC"]
+
+
+def test_accumulation_gives_the_same_step(tmp_path: Path) -> None:
+    """Four portions of a batch are the batch, to rounding."""
+    losses = []
+    for parts in ("1", "4"):
+        lab("variant=lora", "rank=2", *QUICK, f"train.accumulate={parts}",
+            out=tmp_path / f"runs{parts}")  # fmt: skip
+        rows = rows_of(only(tmp_path / f"runs{parts}") / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

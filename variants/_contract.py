@@ -1,0 +1,334 @@
+"""The contract that every variant passes, and every pair that is not refused.
+
+`check("dora", init="pissa")` runs all of it, for a variant of this package or of your own; a
+clause that fails raises AssertionError with its name. Clauses about commands, runs and other
+libraries (Hydra builds the same variant, a run resumes, PEFT's numbers) live in the tests.
+"""
+
+import ast
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._adapter import Adapter, attach
+from ._io import load
+from ._layer import Adapted
+from ._registry import describe, find_part
+
+
+class Toy(nn.Module):
+    """Two linear layers to adapt, a third that is no target, and a head."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.first, self.second = nn.Linear(24, 20), nn.Linear(20, 24, bias=False)
+        self.third, self.lm_head = nn.Linear(24, 24), nn.Linear(24, 5)
+        for p in self.parameters():  # a decaying spectrum, as trained weights have
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+            if p.ndim == 2:
+                U, S, Vh = torch.linalg.svd(p.data, full_matrices=False)
+                p.data = U * (S * 0.7 ** torch.arange(len(S))) @ Vh
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.second(F.silu(self.first(x)))
+        return self.lm_head(h + self.third(h))
+
+
+def _inputs(dtype: torch.dtype = torch.float32, rows: int = 32) -> Tensor:
+    return torch.randn(rows, 24, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is put to the contract."""
+
+    preset: str
+    rank: int = 4
+    axes: dict[str, Any] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module | None = None, **settings: Any) -> Adapter:
+        model = Toy() if model is None else model
+        form = self.axes.get("form") or describe(self.preset)["axes"]["form"]["name"]
+        ranked = find_part("form", form).traits["rank_means"] is not None
+        own = {"rank": self.rank if ranked else None, "targets": ["first", "second"]}
+        settings = own | settings
+        return attach(model, self.preset, **settings, **self.axes)
+
+
+def _disturb(adapter: Adapter, size: float = 0.05) -> Adapter:
+    """Moves every trained tensor, as training would."""
+    generator = torch.Generator().manual_seed(11)
+    for layer in adapter.layers.values():
+        for t in layer.trained:
+            noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+            t.data += (size * noise).to(t.dtype)
+    return adapter
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
+    error = ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+    assert error <= tolerance, f"{what}: relative error {error:.1e}, allowed {tolerance:.0e}"
+
+
+def starts_at_base(case: Case) -> None:
+    """Step 0 is the base; on a lossy base, within its storage error."""
+    model, x = Toy(), _inputs()
+    with torch.no_grad():
+        before = model(x)
+        adapter = case.attach(model)
+        if not adapter.choice.form.starts_at_base:
+            return
+        _close(model(x), before, 0.5 if adapter.choice.base.lossy else 1e-5, "start")
+        with adapter.disabled():
+            stored = model(x)
+        # a moved base is what was quantized, so its own storage error is not the original's
+        moved = adapter.choice.init.moves_base and adapter.choice.base.lossy
+        _close(model(x), stored, 0.5 if moved else 1e-5, "start against the stored base")
+
+
+def forward_equals_weight(case: Case) -> None:
+    """The fast path is the equation, with dropout and without."""
+    for dropout in (0.0, 0.4):
+        adapter = _disturb(case.attach(Toy(torch.float64), dropout=dropout))
+        for layer in adapter.layers.values():
+            x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
+            with torch.no_grad():
+                W0, W = layer.W0, layer.weight
+                torch.manual_seed(5)
+                fast = layer.train()(x)
+                torch.manual_seed(5)
+                dropped = layer.dropout(x)
+                _close(fast, F.linear(x, W0, layer.bias) + F.linear(dropped, W - W0), 1e-9, "train")
+                _close(layer.eval()(x), F.linear(x, W, layer.bias), 1e-9, "eval")
+
+
+def merged_equals_unmerged(case: Case) -> None:
+    """merge() leaves plain layers with the same outputs."""
+    model, x = Toy(), _inputs()
+    adapter = _disturb(case.attach(model))
+    with torch.no_grad():
+        before = model(x)
+        adapter.merge()
+        assert type(model.first) is nn.Linear and type(model.second) is nn.Linear
+        _close(model(x), before, 1e-5, "merged")
+
+
+def only_the_adapter_trains(case: Case) -> None:
+    """Each trained tensor gets a finite gradient; nothing else does."""
+    adapter = _disturb(case.attach())
+    adapter.model(_inputs()).square().mean().backward()
+    own = {id(t) for t in adapter.parameters()}
+    for name, p in adapter.model.named_parameters():
+        if id(p) in own:
+            assert p.requires_grad and p.grad is not None, f"{name} has no gradient"
+            assert torch.isfinite(p.grad).all(), f"{name} has a gradient that is not finite"
+        else:
+            assert not p.requires_grad and p.grad is None, f"{name} is frozen, yet it learns"
+    assert type(adapter.model.third) is nn.Linear or not isinstance(adapter.model.third, Adapted)
+
+
+def optimizer_holds_each_tensor_once(case: Case) -> None:
+    """Each trained tensor stands in one group, once."""
+    adapter = case.attach()
+    optimizer = adapter.optimizer(lr=1e-3, steps=10)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(t) for t in adapter.parameters())
+
+
+def saves_and_loads(case: Case) -> None:
+    """What is saved comes back under another global seed, trainable, with equal outputs."""
+    adapter = _disturb(case.attach())
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), forked_rng(99):
+        adapter.save(folder)
+        files = sorted(p.name for p in Path(folder).iterdir())
+        assert files == ["adapter.json", "adapter.safetensors"], files
+        loaded = load(Toy(), folder)
+        assert torch.equal(loaded.model(_inputs()), adapter.model(_inputs()))
+        with adapter.disabled(), loaded.disabled():
+            assert torch.equal(loaded.model(_inputs()), adapter.model(_inputs()))
+        assert all(t.requires_grad for t in loaded.parameters())
+        frozen = load(Toy(), folder, trainable=False)
+        assert not any(t.requires_grad for t in frozen.parameters())
+
+
+def same_seed_same_bits(case: Case) -> None:
+    """The seed alone decides; the global generator does not, and is left alone."""
+    starts = []
+    for global_seed in (1, 2):
+        with forked_rng(global_seed):
+            model = Toy()
+            before = torch.get_rng_state()
+            starts.append(case.attach(model, seed=3).tensors())
+            assert torch.equal(before, torch.get_rng_state()), "global generator was drawn from"
+    assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
+
+
+def keeps_dtypes(case: Case) -> None:
+    """A bf16 model stays bf16, its adapter is fp32, its output bf16; fp64 stays fp64."""
+    for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        adapter = case.attach(Toy(dtype))
+        assert adapter.model(_inputs(dtype)).dtype == dtype
+        assert {t.dtype for t in adapter.parameters()} == {kept}
+        adapter.merge()
+        assert {p.dtype for p in adapter.model.parameters()} == {dtype}
+
+
+def learns_its_own_form(case: Case) -> None:
+    """A teacher of the same form is learned."""
+    x = _inputs(rows=256)
+    teacher, student = _disturb(case.attach(), size=0.2), case.attach(seed=1)
+    with torch.no_grad():
+        y = teacher.model(x)
+    steps, losses = 300, []
+    optimizer = student.optimizer(lr=1e-2, steps=steps)
+    for _ in range(steps):
+        loss = F.mse_loss(student.model(x), y)
+        penalty = student.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    allowed = 0.5 if student.choice.allocation.scheduled else 0.1  # a falling budget drops some
+    assert losses[-1] < allowed * losses[0], f"loss {losses[0]:.3g} -> {losses[-1]:.3g}"
+
+
+def is_documented(case: Case) -> None:
+    """Citation, equation, and an executable fact in the file."""
+    known = describe(case.preset)
+    assert len(known["paper"]) > 20, "no citation in the docstring's first paragraph"
+    assert "=" in known["equation"] or "W" in known["equation"], "no indented equation"
+    assert ">>>" in known["notes"], "no executable fact"
+    assert known["defaults"]["lr"] > 0 and known["defaults"]["lr_origin"]
+
+
+def disabled_is_the_original(case: Case) -> None:
+    """With the adapter disabled the model is what it was; detach() leaves just that."""
+    model, x = Toy(), _inputs()
+    with torch.no_grad():
+        before = model(x)
+        adapter = _disturb(case.attach(model))
+        lossy = adapter.choice.base.lossy
+        with adapter.disabled():
+            off = model(x)
+        _close(off, before, 0.5 if lossy else 1e-5, "disabled")
+        adapter.detach()
+        _close(model(x), off, 1e-5, "detached")
+    assert all(p.requires_grad for p in model.parameters()), "detach() did not unfreeze the model"
+
+
+def resumes_in_mid_schedule(case: Case) -> None:
+    """Adapter, optimizer and state, taken at one step, continue to the same bits."""
+
+    def steps(adapter: Adapter, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            loss = adapter.model(_inputs()).square().mean()
+            penalty = adapter.penalty()
+            (loss if penalty is None else loss + penalty).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole = case.attach()
+    optimizer = whole.optimizer(lr=1e-2, steps=20)
+    steps(whole, optimizer, 7)
+    kept = deepcopy((whole.tensors(), whole.state(), optimizer.state_dict()))
+    steps(whole, optimizer, 13)
+    resumed = case.attach()
+    optimizer = resumed.optimizer(lr=1e-2, steps=20)
+    for name, t in resumed.tensors().items():
+        t.copy_(kept[0][name])
+    resumed.set_state(kept[1])
+    optimizer.load_state_dict(kept[2])
+    steps(resumed, optimizer, 13)
+    ends = whole.tensors(), resumed.tensors()
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def counts_the_papers_parameters(case: Case) -> None:
+    """Trained numbers equal the formula of the file."""
+    adapter = case.attach()
+    formula = ast.parse(adapter.choice.form.parameters, mode="eval")
+    expected = sum(
+        eval(  # an expression of r, m, n in a file of the variant's own
+            compile(formula, "parameters", "eval"),
+            {"__builtins__": {}, "min": min, "math": math},
+            {"r": adapter.choice.rank, "m": layer.out_features, "n": layer.in_features},
+        )
+        for layer in adapter.layers.values()
+    )
+    assert adapter.num_trainable == expected, (adapter.num_trainable, expected)
+
+
+def gradients_agree_with_float64(case: Case) -> None:
+    """fp32 gradients of the fast path, against the dense equation in float64."""
+    adapter = _disturb(case.attach())
+    for layer in adapter.layers.values():
+        x = torch.randn(16, layer.in_features, requires_grad=True)
+        up = torch.randn(16, layer.out_features)
+        got = torch.autograd.grad(layer(x), [x, *layer.trained], up)
+        p = {k: t.detach().double().requires_grad_() for k, t in layer.p.items()}
+        x64 = x.detach().double().requires_grad_()
+        W = layer.form.weight(layer.W0.double(), p, layer.s)
+        bias = None if layer.bias is None else layer.bias.double()
+        wanted = torch.autograd.grad(
+            F.linear(x64, W, bias),
+            [x64, *(t for k, t in p.items() if k not in layer.form.constants)],
+            up.double(),
+        )
+        for a, b in zip(got, wanted, strict=True):
+            _close(a.double(), b, 2e-5, "gradient")
+
+
+@contextmanager
+def forked_rng(seed: int) -> Any:
+    """Another global seed, for as long as the context lasts."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+CLAUSES: dict[str, Callable[[Case], None]] = {
+    clause.__name__: clause
+    for clause in (
+        starts_at_base,
+        forward_equals_weight,
+        merged_equals_unmerged,
+        only_the_adapter_trains,
+        optimizer_holds_each_tensor_once,
+        saves_and_loads,
+        same_seed_same_bits,
+        keeps_dtypes,
+        learns_its_own_form,
+        is_documented,
+        disabled_is_the_original,
+        resumes_in_mid_schedule,
+        counts_the_papers_parameters,
+        gradients_agree_with_float64,
+    )
+}
+
+
+def check(preset: str, *, rank: int = 4, **axes: Any) -> list[str]:
+    """Puts a variant to every clause of the contract; returns their names.
+
+    Raises:
+        AssertionError: a clause that fails, by name.
+        Incompatible: parts that refuse each other.
+    """
+    case = Case(preset, rank, axes)
+    for name, clause in CLAUSES.items():
+        try:
+            clause(case)
+        except AssertionError as error:
+            raise AssertionError(f"{preset} {axes or ''}: {name}: {error}") from error
+    return list(CLAUSES)

@@ -1,0 +1,148 @@
+"""Save and load an adapter: safetensors and json, no pickle."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._adapter import Adapter, Planned, build, choose
+from ._layer import kind_of
+from ._registry import Incompatible
+from ._targets import Site, linear_layers, resolve
+
+FORMAT = 1
+WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file that appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part, {"format": "pt"})
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; one that is missing or cut short is named."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise Incompatible(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise Incompatible(f"{path}: truncated, or not a safetensors file ({error})") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a json file; one that is missing or cut short is named."""
+    if not path.is_file():
+        raise Incompatible(f"{path}: no such file")
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise Incompatible(f"{path}: truncated, or not json ({error})") from None
+    if not isinstance(found, dict):
+        raise Incompatible(f"{path}: not a json object")
+    return found
+
+
+def save(adapter: Adapter, path: Path) -> Path:
+    """Writes the adapter into the folder `path`; the settings come last."""
+    path.mkdir(parents=True, exist_ok=True)
+    choice = adapter.choice
+    settings = {
+        "format": FORMAT,
+        "preset": choice.preset,
+        "axes": choice.axes(),
+        "rank": choice.rank,
+        "alpha": choice.alpha,
+        "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
+        "dropout": adapter.dropout,
+        "seed": adapter.seed,
+        "modules_to_save": list(adapter.saved_modules),
+        "sites": {
+            name: {
+                "path": site.path,
+                "role": site.role,
+                "rows": site.rows,
+                "rank": adapter.layers[name].rank,
+                "s": adapter.layers[name].s,
+                "base": adapter.fingerprints[name],
+            }
+            for name, site in adapter.sites.items()
+        },
+    }
+    write_tensors(path / WEIGHTS, adapter.tensors())
+    write_atomically(path / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    return path
+
+
+def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapter:
+    """Puts a saved adapter into `model`. No init runs, so no seed matters.
+
+    A base that differs from the one that the adapter was made for is said (`warnings`).
+
+    Raises:
+        Incompatible: a file that is missing or truncated, or layers that the model lacks.
+    """
+    path = Path(path)
+    settings = read_settings(path / SETTINGS)
+    if settings.get("format") != FORMAT:
+        raise Incompatible(f"{path}: format {settings.get('format')}, this code reads {FORMAT}")
+    tensors = read_tensors(path / WEIGHTS)
+    choice = choose(settings["preset"], settings["rank"], settings["alpha"], **settings["axes"])
+    layers, planned = linear_layers(model), []
+    for saved in settings["sites"].values():
+        if saved["path"] not in layers:
+            resolve(model, [saved["path"]])  # names what the model has instead
+        rows = None if saved["rows"] is None else (saved["rows"][0], saved["rows"][1])
+        module = layers[saved["path"]]
+        m, n = kind_of(module).matrix(module).shape
+        m = m if rows is None else rows[1] - rows[0]
+        shapes = choice.form.shapes(m, n, saved["rank"])
+        site = Site(saved["path"], saved["role"], rows)
+        planned.append(Planned(site, (m, n), saved["rank"], shapes))
+    adapter = build(
+        model,
+        choice,
+        planned,
+        targets=settings["targets"],
+        dropout=settings["dropout"],
+        seed=settings["seed"],
+        modules_to_save=tuple(settings["modules_to_save"]),
+        scales={name: saved["s"] for name, saved in settings["sites"].items()},
+        tensors=tensors,
+    )
+    other = [
+        n for n, saved in settings["sites"].items() if adapter.fingerprints[n] != saved["base"]
+    ]
+    if other:
+        warnings.warn(
+            f"{path} was made for another base: {len(other)} of {len(planned)} matrices differ, "
+            f"the first is {other[0]}",
+            stacklevel=2,
+        )
+    for tensor in adapter.parameters():
+        tensor.requires_grad_(trainable)
+    return adapter

@@ -1,0 +1,277 @@
+"""The layers that stand in a model in place of its own: frozen, adapted, fused of both.
+
+This is the one place that knows kinds of layers. Each kind shows its weight as a matrix W [m, n]
+with y = x W^T + bias; forms, inits and bases see that matrix and nothing else.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._api import Base, Form, Stored, wide
+from ._product import draw_seed, dropout, low_rank
+from ._registry import Incompatible
+
+
+class LinearKind:
+    """`nn.Linear`: stored as [m, n]."""
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        return type(module) is nn.Linear
+
+    @staticmethod
+    def matrix(module: Any) -> Tensor:
+        return module.weight
+
+    @staticmethod
+    def plain(W: Tensor, bias: Tensor | None) -> nn.Module:
+        with torch.device("meta"):
+            module = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, dtype=W.dtype)
+        module.weight = nn.Parameter(W, requires_grad=False)
+        module.register_parameter("bias", bias)  # type: ignore[arg-type]
+        return module
+
+
+class Conv1DKind:
+    """transformers' `Conv1D` (GPT-2): stored transposed, as [n, m]."""
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        cls = type(module)
+        return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+    @staticmethod
+    def matrix(module: Any) -> Tensor:
+        return module.weight.t()
+
+    @staticmethod
+    def plain(W: Tensor, bias: Tensor | None) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            module = Conv1D(*W.shape)
+        module.weight = nn.Parameter(W.t().contiguous(), requires_grad=False)
+        module.register_parameter("bias", bias)  # type: ignore[arg-type]
+        return module
+
+
+KINDS = (LinearKind, Conv1DKind)
+
+
+def kind_of(module: nn.Module) -> Any:
+    """The kind that owns the module, or None."""
+    return next((kind for kind in KINDS if kind.owns(module)), None)
+
+
+class Frozen(nn.Module):
+    """A layer of the model whose weight is stored by the base axis, with its own bias."""
+
+    bias: Tensor | None
+
+    def __init__(self, stored: Stored, bias: Tensor | None, kind: Any) -> None:
+        super().__init__()
+        self.stored, self.kind = stored, kind
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]
+        self.out_features, self.in_features = stored.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix [m, n]: code of a model that asks for its dtype or device finds it."""
+        return self.stored.dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored.product(x, self.bias)
+
+
+class Adapted(nn.Module):
+    """A frozen layer and what learns beside it.
+
+    `p` holds the trained tensors, in fp32 or wider whatever the model's dtype; products run in
+    the dtype of x. `subtracted` is the pair of factors that an init took out of the base.
+    """
+
+    subtracted_A: Tensor | None
+    subtracted_B: Tensor | None
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        form: Form,
+        p: dict[str, Tensor],
+        *,
+        rank: int,
+        s: float,
+        dropout: float,
+        subtracted: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.frozen, self.form = frozen, form
+        self.p = nn.ParameterDict(
+            {k: nn.Parameter(v, requires_grad=k not in form.constants) for k, v in p.items()}
+        )
+        self.rank, self.s, self.p_drop = rank, s, dropout
+        self.out_features, self.in_features = frozen.out_features, frozen.in_features
+        self.enabled = True
+        for name, factor in zip("AB", subtracted or (None, None), strict=True):
+            self.register_buffer(f"subtracted_{name}", factor)
+        self._row_squares: Tensor | None = None
+
+    @property
+    def W0(self) -> Tensor:
+        """The frozen matrix [m, n] that the form sees (where an init moved it: the moved one)."""
+        return self.frozen.stored.dense()
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted matrix [m, n], dense, by the form's equation."""
+        return self.form.weight(self.W0, self.p, self.s)  # type: ignore[arg-type]
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The tensors of p that learn."""
+        return [t for k, t in self.p.items() if k not in self.form.constants]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.frozen.bias
+
+    @property
+    def subtracted(self) -> tuple[Tensor, Tensor] | None:
+        """(A0, B0), B0 with the scale of its day in it: the original matrix is W0 + B0 A0."""
+        if self.subtracted_A is None or self.subtracted_B is None:
+            return None
+        return self.subtracted_A, self.subtracted_B
+
+    @property
+    def original(self) -> Tensor:
+        """The matrix [m, n] before the variant came (as stored, where storage is lossy)."""
+        if self.subtracted is None:
+            return self.W0
+        A0, B0 = self.subtracted
+        return (self.W0 + B0 @ A0).to(self.W0.dtype)
+
+    @property
+    def row_squares(self) -> Tensor:
+        """||W0||^2 of each row [m], in fp32 or wider, computed once: W0 does not change."""
+        if self._row_squares is None or self._row_squares.device != self.W0.device:
+            W0 = self.W0
+            self._row_squares = W0.to(wide(W0.dtype)).square().sum(1)
+        return self._row_squares
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts now."""
+        return self.training and self.p_drop > 0
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """The adapter's own dropout on its input, seeded from torch's global generator."""
+        return dropout(x, self.p_drop, draw_seed()) if self.drops else x
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """s B A dropout(x), keeping x alone for backward."""
+        if self.drops:
+            return low_rank(x, A, B, self.s, self.p_drop, draw_seed())
+        return low_rank(x, A, B, self.s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.enabled:
+            return self.form.forward(x, self)
+        if self.subtracted is None:
+            return self.frozen(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.original.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.form.name}, rank={self.rank}, s={self.s:g}, dropout={self.p_drop:g}"
+
+
+class Fused(nn.Module):
+    """A layer whose output is that of several matrices side by side (GPT-2's q, k and v)."""
+
+    def __init__(self, slices: dict[str, nn.Module], kind: Any) -> None:
+        super().__init__()
+        self.slices, self.kind = nn.ModuleDict(slices), kind
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([part.weight for part in self.slices.values()])  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.slices.values()], dim=-1)
+
+
+class Copied(nn.Module):
+    """A module trained in full beside the adapter (a new head), with its original kept.
+
+    The copy learns in fp32 or wider; what comes in is cast to that, what goes out is cast back.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original, self.copy = module, deepcopy(module)
+        self.enabled = True
+        for parameter in self.copy.parameters():
+            parameter.data = parameter.data.to(wide(parameter.dtype))
+            parameter.requires_grad_(True)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.enabled:
+            return self.original(x, *args, **kwargs)
+        y = self.copy(x.to(next(self.copy.parameters()).dtype), *args, **kwargs)
+        return y.to(x.dtype)
+
+
+def freeze(
+    module: Any, base: Base, rows: tuple[int, int] | None = None, W: Tensor | None = None
+) -> Frozen:
+    """A frozen stand-in for `module`, or for some of its output rows, stored by `base`.
+
+    `W` takes the place of the module's own matrix (an init that moved it).
+    """
+    kind, bias = kind_of(module), module.bias
+    matrix = kind.matrix(module) if rows is None else kind.matrix(module)[slice(*rows)]
+    if rows is not None and bias is not None:
+        bias = nn.Parameter(bias[slice(*rows)], requires_grad=False)
+    return Frozen(base.store(matrix if W is None else W), bias, kind)
+
+
+def plain(layer: Any, matrix: Any) -> nn.Module:
+    """The model's own kind of module again, with `matrix(part)` as weight of each part."""
+    if isinstance(layer, Fused):
+        parts: list[Any] = list(layer.slices.values())
+        biases: list[Any] = [(p.frozen if isinstance(p, Adapted) else p).bias for p in parts]
+        bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+        return layer.kind.plain(torch.cat([matrix(part) for part in parts]), bias)
+    frozen = layer.frozen if isinstance(layer, Adapted) else layer
+    return frozen.kind.plain(matrix(layer), frozen.bias)
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at `path` of `model`, on in the mode (train or eval) of what stood there."""
+    parent, _, leaf = path.rpartition(".")
+    module.train(model.get_submodule(path).training)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def stand_ins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost layers that this package put into the model, by path."""
+    inside = ""
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, Frozen | Adapted | Fused):
+            inside = path + "."
+            yield path, module
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """One adapter a model: a second would train on the first one's frozen layers."""
+    if any(True for _ in stand_ins(model)):
+        raise Incompatible("the model has an adapter already: merge() or detach() it first")

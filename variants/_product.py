@@ -1,0 +1,92 @@
+"""Products that keep nothing for backward which backward can compute again.
+
+Each is an autograd function over plain torch operations, so a second derivative works as well.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Frozen(torch.autograd.Function):
+    """x W^T + bias for a frozen W that is decoded when needed: in forward, again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.dense = dense
+        return F.linear(x, dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ ctx.dense().to(grads[0].dtype), None, None
+
+
+def frozen_product(x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+    """x [..., n] -> x W^T + bias [..., m], W = dense(), in the dtype of x."""
+    return _Frozen.apply(x, dense, bias)  # type: ignore[return-value]
+
+
+class _LowRank(torch.autograd.Function):
+    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, s: float, p: float, seed: int) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.settings = s, p, seed
+        return F.linear(F.linear(drop(x, p, seed), A.to(x.dtype)), B.to(x.dtype)) * s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        s, p, seed = ctx.settings
+        g = grads[0].reshape(-1, B.shape[0]) * s
+        xd = drop(x, p, seed).reshape(-1, A.shape[1])
+        down = g @ B.to(x.dtype)  # [T, r]
+        gx = gA = gB = None
+        if ctx.needs_input_grad[0]:
+            gx = drop((down @ A.to(x.dtype)).view(x.shape), p, seed)
+        if ctx.needs_input_grad[1]:
+            gA = (down.mT @ xd).to(A.dtype)
+        if ctx.needs_input_grad[2]:
+            gB = (g.mT @ (xd @ A.to(x.dtype).mT)).to(B.dtype)
+        return gx, gA, gB, None, None, None
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.0, seed: int = 0) -> Tensor:
+    """x [..., n] -> s B A dropout(x) [..., m]; A [r, n] and B [m, r] in their own dtype."""
+    return _LowRank.apply(x, A, B, s, p, seed)  # type: ignore[return-value]
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout that keeps the seed of its mask, not the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.settings = p, seed
+        return drop(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return drop(grads[0], *ctx.settings), None, None
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x with a share p set to zero and the rest scaled by 1 / (1 - p)."""
+    return _Dropout.apply(x, p, seed)  # type: ignore[return-value]
+
+
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """x times the mask of `seed`; linear in x, so backward is the same call."""
+    if p == 0:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x * mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+def draw_seed() -> int:
+    """A seed from torch's global CPU generator, which checkpoints and recomputation restore."""
+    return int(torch.randint(2**62, ()).item())

@@ -1,0 +1,236 @@
+"""Finds the variants without importing torch: names, axes, defaults and help from syntax trees.
+
+A file of this package that does not start with an underscore is a variant file. Each class in it
+that derives from an axis and has a `name=` is a part; each call of `preset(...)` names a variant.
+Defaults are literals, so that the command line can read them without running anything.
+"""
+
+import ast
+import difflib
+import importlib
+import textwrap
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+AXES = ("form", "init", "scale", "allocation", "update", "base")
+PACKAGE = Path(__file__).parent
+
+
+class Incompatible(ValueError):
+    """A name, rank, target or pair that cannot be built; the message names it and the choices."""
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """A part of one axis, as its file declares it."""
+
+    axis: str
+    name: str
+    module: str  # importable
+    cls: str
+    doc: str
+    fields: dict[str, tuple[str, Any]] = field(default_factory=dict)  # name -> (type, default)
+    traits: dict[str, Any] = field(default_factory=dict)  # the literal class attributes
+
+    def load(self, **settings: Any) -> Any:
+        """The part itself, with `settings` in place of its defaults."""
+        unknown = sorted(set(settings) - set(self.fields))
+        if unknown:
+            known = ", ".join(self.fields) or "none"
+            raise Incompatible(
+                f"{self.axis} {self.name} has no setting {unknown[0]!r}; its settings: {known}"
+            )
+        return getattr(importlib.import_module(self.module), self.cls)(**settings)
+
+
+@dataclass(frozen=True)
+class PresetInfo:
+    """A named choice on each axis, with the defaults of its paper."""
+
+    name: str
+    module: str
+    doc: str  # the file's docstring
+    axes: dict[str, dict[str, Any]]  # axis -> {"name": part, **settings}
+    rank: int | None
+    alpha: float | str | None  # a number, or a multiple of the rank such as "2r"
+    lr: float
+    lr_origin: str
+
+
+def _literal(node: ast.expr, where: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise TypeError(f"{where}: defaults and preset arguments are literals") from error
+
+
+@cache
+def _axis_classes() -> dict[str, tuple[str, dict[str, Any]]]:
+    """The abstract classes of `_api.py`, each with its axis and the traits that it hands down."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for node in ast.parse((PACKAGE / "_api.py").read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            for parent in node.bases:
+                if isinstance(parent, ast.Name) and (parent.id in found or parent.id == "Part"):
+                    axis, traits = found.get(parent.id, (node.name.lower(), {}))
+                    found[node.name] = axis, traits | _members(node, "_api")[1]
+    return found
+
+
+def _members(node: ast.ClassDef, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields with type and default, class attributes) of a part: the literal ones."""
+    fields, traits = {}, {}
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
+            kind, where = ast.unparse(item.annotation), f"{module}.{node.name}.{item.target.id}"
+            if kind.startswith("ClassVar"):
+                traits[item.target.id] = _literal(item.value, where)
+            else:
+                fields[item.target.id] = (kind, _literal(item.value, where))
+        elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            traits[item.targets[0].id] = _literal(item.value, f"{module}.{node.name}")
+    return fields, traits
+
+
+def _part(node: ast.ClassDef, module: str) -> PartInfo | None:
+    """What the class declares, if it is a part with a name."""
+    parents = [p.id for p in node.bases if isinstance(p, ast.Name) and p.id in _axis_classes()]
+    names = [_literal(k.value, module) for k in node.keywords if k.arg == "name"]
+    if not parents or not names:
+        return None
+    axis, inherited = _axis_classes()[parents[0]]
+    fields, traits = _members(node, module)
+    doc = ast.get_docstring(node) or ""
+    return PartInfo(axis, names[0], module, node.name, doc, fields, inherited | traits)
+
+
+def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
+    given = {k.arg: _literal(k.value, f"{module}: preset") for k in call.keywords if k.arg}
+    axes = {}
+    for axis, default in zip(
+        AXES, ("lora", "default", "standard", "uniform", "adamw", "dense"), strict=True
+    ):
+        value = given.pop(axis, default)
+        axes[axis] = {"name": value} if isinstance(value, str) else value
+    name = _literal(call.args[0], module)
+    return PresetInfo(name=name, module=module, doc=doc, axes=axes, **given)
+
+
+@cache
+def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
+    """All parts, by axis and name, and all presets, by name."""
+    all_parts: dict[str, dict[str, PartInfo]] = {axis: {} for axis in AXES}
+    presets: dict[str, PresetInfo] = {}
+    for path in sorted(PACKAGE.glob("[!_]*.py")):
+        tree, module = ast.parse(path.read_text()), f"{PACKAGE.name}.{path.stem}"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                part = _part(node, module)
+                if part is not None:
+                    _add(all_parts[part.axis], part.name, part)
+            elif (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Call)
+                and isinstance(node.value.func, ast.Name)
+                and node.value.func.id == "preset"
+            ):
+                found = _preset(node.value, module, ast.get_docstring(tree) or "")
+                _add(presets, found.name, found)
+    return all_parts, presets
+
+
+def _add(table: dict[str, Any], name: str, info: Any) -> None:
+    if name in table:
+        raise TypeError(f"{name!r} is named twice: in {table[name].module} and in {info.module}")
+    table[name] = info
+
+
+def preset(name: str, **choices: Any) -> None:
+    """Names a variant: one part (or {"name": part, setting: value}) on each axis, and defaults.
+
+    The call is read from the syntax tree; running it does nothing. Arguments, all literals: the
+    six axes (default: LoRA's), `rank`, `alpha` (a number, or "2r"), `lr` and `lr_origin`.
+    """
+
+
+def names() -> list[str]:
+    """Every preset.
+
+    >>> {"lora", "pissa", "dora", "adalora", "qlora", "full", "factorized"} <= set(names())
+    True
+    """
+    return sorted(index()[1])
+
+
+def parts() -> dict[str, list[str]]:
+    """Every part by axis; each name is accepted by `attach`.
+
+    >>> parts()["scale"]
+    ['adalora', 'none', 'rslora', 'standard']
+    """
+    return {axis: sorted(found) for axis, found in index()[0].items()}
+
+
+def unknown(what: str, name: Any, choices: list[str]) -> Incompatible:
+    """The error for a name that does not exist: says what was meant, and what there is."""
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return Incompatible(f"{what}={name}: no such {what}{hint}; choices: {', '.join(choices)}")
+
+
+def find_preset(name: str) -> PresetInfo:
+    """The preset of that name, or `Incompatible` with the choices."""
+    if name not in index()[1]:
+        raise unknown("variant", name, names())
+    return index()[1][name]
+
+
+def find_part(axis: str, name: str) -> PartInfo:
+    """The part of that axis and name, or `Incompatible` with the choices."""
+    if axis not in AXES:
+        raise unknown("axis", axis, list(AXES))
+    if name not in index()[0][axis]:
+        raise unknown(axis, name, parts()[axis])
+    return index()[0][axis][name]
+
+
+def _blocks(doc: str) -> tuple[str, str, str]:
+    """(citation: the first paragraph, equation: the first indented block, the remaining text)."""
+    paragraphs = [block for block in doc.split("\n\n") if block.strip()]
+    equations = [b for b in paragraphs if b.startswith("    ") and ">>>" not in b]
+    rest = [b for b in paragraphs[1:] if b not in equations[:1]]
+    equation = textwrap.dedent(equations[0]) if equations else ""
+    return " ".join(paragraphs[0].split()), equation, "\n\n".join(rest)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What there is to know of a preset: paper, equation, axes, defaults, rank, parameters, notes.
+
+    >>> describe("dora")["parameters"]
+    'r*(m + n) + m'
+    """
+    info = find_preset(name)
+    paper, equation, notes = _blocks(info.doc)
+    form = find_part("form", info.axes["form"]["name"])
+    axes = {}
+    for axis, chosen in info.axes.items():
+        part = find_part(axis, chosen["name"])
+        axes[axis] = {k: default for k, (_, default) in part.fields.items()} | chosen
+    return {
+        "name": name,
+        "paper": paper,
+        "equation": equation,
+        "axes": axes,
+        "defaults": {
+            "rank": info.rank,
+            "alpha": info.alpha,
+            "lr": info.lr,
+            "lr_origin": info.lr_origin,
+        },
+        "rank": form.traits["rank_means"],
+        "parameters": form.traits["parameters"],
+        "notes": notes,
+        "file": f"{info.module.replace('.', '/')}.py",
+    }

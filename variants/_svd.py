@@ -1,0 +1,87 @@
+"""Top singular triplets of a matrix: exact, or by a seeded block Krylov method, and a cache.
+
+The Krylov method (Musco & Musco 2015, arXiv:1504.05477) keeps every block of the power iteration
+where `torch.svd_lowrank` keeps the last: six to twelve blocks of r + 16 columns are exact to fp32
+on decaying spectra. The residual decides how many; on a flat spectrum, where no cheap method finds
+the vectors, the exact one answers instead.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
+RESIDUAL = 1e-5  # of the largest singular value
+CACHED_FROM = 2**20  # entries: below, computing is cheaper than the file
+Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r] descending, Vh [r, n]
+
+
+def exact(W: Tensor, r: int) -> Triplets:
+    """The top r triplets by the full decomposition."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :r].contiguous(), S[:r].clone(), Vh[:r].contiguous()
+
+
+def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
+    """The top r triplets by block Krylov iteration, or by `exact` where that would not pay."""
+    m, n = W.shape
+    q = r + OVERSAMPLE
+    if m < n:
+        V, S, Uh = krylov(W.mT, r, generator)
+        return Uh.mT.contiguous(), S, V.mT.contiguous()
+    block = torch.randn(n, q, generator=generator).to(W)
+    blocks: list[Tensor] = []
+    for count in range(1, MAX_BLOCKS + 1):
+        if q * count > n // 2:
+            break  # the subspace is nearly all there is
+        block = torch.linalg.qr(W.mT @ (W @ block)).Q
+        blocks.append(block)
+        if count < MIN_BLOCKS or count % 2:
+            continue
+        V = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [n, q count]
+        U, S, Yh = torch.linalg.svd(W @ V, full_matrices=False)
+        U, S, Vh = U[:, :r].contiguous(), S[:r].clone(), Yh[:r] @ V.mT
+        # W V = U S holds by construction; W^T U = V S is what convergence adds
+        residual = torch.linalg.vector_norm(W.mT @ U - Vh.mT * S, dim=0).max()
+        if residual <= RESIDUAL * S[0]:
+            return U, S, Vh
+    return exact(W, r)
+
+
+def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
+    """The top r triplets of W (fp32 or fp64), from the cache where W is large and known."""
+    if method not in ("exact", "krylov"):
+        raise ValueError(f"method={method}: no such decomposition; choices: exact, krylov")
+    if W.numel() < CACHED_FROM:
+        return _compute(W, r, method, generator)
+    from safetensors.torch import load_file, save_file
+
+    path = _cache_file(W, r, method, generator)
+    if path.exists():
+        try:
+            found = load_file(path, device=str(W.device))
+            return found["U"], found["S"], found["Vh"]
+        except Exception:  # cut short or not ours: computed again below, and replaced
+            path.unlink(missing_ok=True)
+    U, S, Vh = _compute(W, r, method, generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({"U": U, "S": S, "Vh": Vh.contiguous()}, part)
+    os.replace(part, path)
+    return U, S, Vh
+
+
+def _compute(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
+    return exact(W, r) if method == "exact" else krylov(W, r, generator)
+
+
+def _cache_file(W: Tensor, r: int, method: str, generator: torch.Generator) -> Path:
+    """Named by all that the factors depend on: the weight's content, rank, method and seed."""
+    seed = generator.initial_seed() if method == "krylov" else 0
+    digest = hashlib.sha256(f"{tuple(W.shape)} {W.dtype} {r} {method} {seed}".encode())
+    digest.update(W.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
+    return Path(root) / "factors" / f"{digest.hexdigest()}.safetensors"

@@ -1,0 +1,139 @@
+"""Which layers a variant adapts: roles (`all-linear`, `attention`, `mlp`, `q`, ...) or names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ._layer import kind_of
+from ._registry import Incompatible
+
+# The names that model families of transformers give to each role; two components where one name
+# alone is ambiguous (BERT calls three layers `dense`). The first role that fits wins.
+ROLES = {
+    "q": ("q_proj", "query", "query_proj", "q_lin", "q"),
+    "k": ("k_proj", "key", "key_proj", "k_lin", "k"),
+    "v": ("v_proj", "value", "value_proj", "v_lin", "v"),
+    "o": (
+        "o_proj",
+        "out_proj",
+        "out_lin",
+        "o",
+        "attention.output.dense",
+        "attention.dense",
+        "attn.c_proj",
+    ),
+    "gate": ("gate_proj", "wi_0"),
+    "up": ("up_proj", "fc1", "wi", "wi_1", "lin1", "c_fc", "intermediate.dense", "dense_h_to_4h"),
+    "down": ("down_proj", "fc2", "wo", "lin2", "mlp.c_proj", "output.dense", "dense_4h_to_h"),
+}
+# Layers whose output rows are several roles side by side, in equal shares.
+FUSED = {"c_attn": ("q", "k", "v")}
+GROUPS = {
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("gate", "up", "down"),
+}
+# Modules that are, or hold, an output head; `get_output_embeddings` of the model adds its own.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "cls")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix to adapt: a whole layer, or the rows of one role of a fused layer."""
+
+    path: str
+    role: str | None = None  # of a fused layer
+    rows: tuple[int, int] | None = None  # first, and one past the last
+
+    @property
+    def name(self) -> str:
+        return self.path if self.role is None else f"{self.path}.{self.role}"
+
+
+def role_of(path: str) -> str | None:
+    """The role of the layer at `path`, or None."""
+    for role, names in ROLES.items():
+        if any(_ends(path, name) for name in names):
+            return role
+    return None
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of a kind that can be adapted, by path, the output head included."""
+    return {path: module for path, module in model.named_modules() if kind_of(module)}
+
+
+def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether the layer is the model's output head or a part of it."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return module is output or any(part in HEADS for part in path.split("."))
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Every linear layer but the output head: what the base axis stores."""
+    layers = linear_layers(model)
+    return [path for path, module in layers.items() if not is_head(model, path, module)]
+
+
+def resolve(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> list[Site]:
+    """The matrices that `targets` means, in the model's order.
+
+    A target is a role, a group of roles, `all-linear`, or the (end of the) path of a layer;
+    several come as a list or with commas. One that matches nothing is refused.
+    """
+    words = targets.split(",") if isinstance(targets, str) else list(targets)
+    layers = linear_layers(model)
+    body = all_linear(model)
+    found: dict[Site, None] = {}
+    for word in (str(w).strip() for w in words):
+        sites = list(_match(word, body, layers))
+        if not sites:
+            raise _nothing(word, layers)
+        found |= dict.fromkeys(sites)
+    order = {path: i for i, path in enumerate(layers)}
+    whole = {site.path for site in found if site.role is None}
+    sites = [s for s in found if s.role is None or s.path not in whole]
+    sites.sort(key=lambda s: (order[s.path], s.rows or (0, 0)))
+    for site in sites:
+        _refuse_tied(model, site.path, layers[site.path])
+    return sites
+
+
+def _match(word: str, body: list[str], layers: dict[str, nn.Module]) -> Iterator[Site]:
+    if word == "all-linear":
+        yield from map(Site, body)
+        return
+    roles = GROUPS.get(word, (word,) if word in ROLES else ())
+    for path in body:
+        parts = FUSED.get(path.rpartition(".")[2], ())
+        if role_of(path) in roles or (parts and set(parts) <= set(roles)):
+            yield Site(path)
+        elif roles and parts:
+            rows = kind_of(layers[path]).matrix(layers[path]).shape[0] // len(parts)
+            for i, part in enumerate(parts):
+                if part in roles:
+                    yield Site(path, part, (i * rows, (i + 1) * rows))
+    if not roles:
+        yield from (Site(path) for path in layers if _ends(path, word))
+
+
+def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
+    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    return Incompatible(
+        f"targets={word}: matches no linear layer; roles: all-linear, "
+        f"{', '.join((*GROUPS, *ROLES))}; layers of this model: {', '.join(leaves) or 'none'}"
+    )
+
+
+def _refuse_tied(model: nn.Module, path: str, module: nn.Module) -> None:
+    weight = module.weight
+    for other, candidate in model.named_modules():
+        if isinstance(candidate, nn.Embedding) and candidate.weight is weight:
+            raise Incompatible(
+                f"targets={path}: its weight is tied to {other}, which would change with it; "
+                f"untie them (tie_word_embeddings=False) or leave it out"
+            )

@@ -1,0 +1,192 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning
+(Zhang et al., ICLR 2023), arXiv:2303.10512.
+
+    W = W0 + s P diag(E) Q,    s = alpha / (r + 1e-5),    P, Q ~ N(0, 0.02^2),    E = 0
+
+Triplets compete for one global budget, which falls by a cubic from the initial total to the target;
+those with the least importance have their E set to zero, and may come back before the next mask.
+Official code: QingruZhang/AdaLoRA, loralib/adalora.py (`RankAllocator`), which is right where the
+paper is not: the uncertainty of Eq. 12 is |I - mean(I)|, and the penalty is a mean of unsquared
+norms. s keeps the initial rank after pruning. Unlike there, a mask of nothing (target = initial) is
+no error; unlike PEFT, the penalty never enters an evaluation loss, the averages are in the
+checkpoint, and the schedule runs by itself from the optimizer's step.
+
+Times below 1 are fractions of the run, others are steps. The budget of the official MNLI script:
+
+>>> rule = AdaLoRABudget(target_rank=1, warmup=8000, final=50000, every=100)
+>>> [rule.budget(t, 85900, 3 * 72, 72)[0] for t in (8000, 8001, 20000, 35900, 85900)]
+[216, 215, 98, 72, 72]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._api import Allocation, Form, LowRank, Scale, Tensors
+from ._layer import Adapted
+from ._registry import Incompatible, preset
+
+
+@dataclass(frozen=True)
+class Triplet(LowRank, name="triplet"):
+    """W0 + s P diag(E) Q: a singular value decomposition held together by a penalty."""
+
+    rank_means = "r, the initial number of triplets of every matrix; the budget then falls"
+    parameters = "r*(m + n + 1)"
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"P": (m, r), "E": (r,), "Q": (r, n)}
+
+    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
+        m, n = W0.shape
+        P, Q = (0.02 * torch.randn(*shape, generator=generator) for shape in ((m, r), (r, n)))
+        return {"P": P.to(W0), "E": W0.new_zeros(r), "Q": Q.to(W0)}
+
+    def embed(self, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensors:
+        left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+        U, E, Vh = torch.linalg.svd(left.R @ right.R.mT)
+        return {"P": left.Q @ U, "E": E, "Q": Vh @ right.Q.mT}
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        return W0 + s * (p["P"] * p["E"]) @ p["Q"]
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        return layer.frozen(x) + layer.low_rank(x, layer.p["Q"], layer.p["P"] * layer.p["E"])
+
+
+@dataclass(frozen=True)
+class RankNum(Scale, name="adalora"):
+    """s = alpha / (r + 1e-5), the official code's `ranknum`."""
+
+    def value(self, alpha: float, r: int) -> float:
+        return alpha / (r + 1e-5)
+
+
+@dataclass(frozen=True)
+class AdaLoRABudget(Allocation, name="adalora"):
+    """Importance of each triplet, a falling budget, and the orthogonality penalty."""
+
+    target_rank: float = 0.0
+    """mean rank per matrix at the end; 0: two thirds of the initial one, the paper's proportion"""
+    warmup: float = 0.1
+    """before it, every triplet stays"""
+    final: float = 0.5
+    """the last part of the run, with the final triplets"""
+    every: float = 0.001
+    """between two masks"""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+    """weight of the penalty: mean over all P and Q of ||P^T P - I||_F"""
+
+    scheduled = True
+    penalized = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_rank", "warmup", "final", "every", "orthogonality"):
+            if getattr(self, name) < 0:
+                raise Incompatible(f"allocation adalora: {name}={getattr(self, name)} is negative")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise Incompatible(f"allocation adalora: {name} must lie between 0 and 1")
+
+    def fits(self, form: Form) -> None:
+        if not isinstance(form, Triplet):
+            raise Incompatible(
+                f"allocation adalora needs a form with singular values (triplet), not {form.name}"
+            )
+
+    def times(self, steps: int) -> tuple[int, int, int]:
+        """(end of warm-up, length of the final phase, interval) in steps."""
+        warmup, final, every = (
+            round(t * steps) if t < 1 else int(t) for t in (self.warmup, self.final, self.every)
+        )
+        if warmup + final >= steps and steps > 1:
+            raise Incompatible(
+                f"allocation adalora: warmup={warmup} and final={final} steps leave nothing of "
+                f"{steps} for the budget to fall in"
+            )
+        return warmup, final, max(1, every)
+
+    def budget(self, step: int, steps: int, start: int, matrices: int) -> tuple[int, bool]:
+        """(triplets allowed after `step`, whether to mask now), of `start` in all."""
+        warmup, final, every = self.times(steps)
+        target = round(self.target_rank * matrices) if self.target_rank else round(start * 2 / 3)
+        if target > start:
+            raise Incompatible(
+                f"allocation adalora: target_rank={self.target_rank} asks for {target} triplets, "
+                f"the initial rank gives {start}"
+            )
+        if step <= warmup:
+            return start, False
+        if step > steps - final:
+            return target, True
+        left = 1 - (step - warmup) / (steps - final - warmup)
+        return int(target + (start - target) * left**3), step % every == 0
+
+    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+        start = sum(layer.rank for layer in layers.values())
+        self.budget(steps, steps, start, len(layers))  # refuses an impossible schedule now
+        zeros = [torch.zeros_like(t) for t in _tensors(layers)]
+        return {"steps": steps, "budget": start, "threshold": 0.0, "mean": zeros,
+                "uncertainty": [t.clone() for t in zeros]}  # fmt: skip
+
+    def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
+        terms = []
+        for layer in layers.values():
+            P, Q = layer.p["P"], layer.p["Q"]
+            one = torch.eye(layer.rank, dtype=P.dtype, device=P.device)
+            terms += [torch.linalg.matrix_norm(P.mT @ P - one),
+                      torch.linalg.matrix_norm(Q @ Q.mT - one)]  # fmt: skip
+        return self.orthogonality * torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def after_step(
+        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
+    ) -> list[Tensor]:
+        steps, mean, uncertainty = state["steps"], state["mean"], state["uncertainty"]
+        if step < steps - self.times(steps)[1]:
+            tensors = _tensors(layers)
+            grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+            sensitivity = torch._foreach_abs(torch._foreach_mul(tensors, grads))
+            torch._foreach_mul_(mean, self.beta1)
+            torch._foreach_add_(mean, sensitivity, alpha=1 - self.beta1)
+            spread = torch._foreach_abs(torch._foreach_sub(sensitivity, mean))
+            torch._foreach_mul_(uncertainty, self.beta2)
+            torch._foreach_add_(uncertainty, spread, alpha=1 - self.beta2)
+        start = sum(layer.rank for layer in layers.values())
+        state["budget"], mask = self.budget(step, steps, start, len(layers))
+        if mask and state["budget"] < start:
+            scores = torch._foreach_mul(mean, uncertainty)
+            importance = [
+                E + P.mean(0) + Q.mean(1)
+                for P, E, Q in zip(scores[::3], scores[1::3], scores[2::3], strict=True)
+            ]
+            threshold = torch.cat(importance).kthvalue(start - state["budget"]).values
+            for layer, score in zip(layers.values(), importance, strict=True):
+                layer.p["E"].masked_fill_(score <= threshold, 0.0)
+            state["threshold"] = threshold.item()
+        return []  # the official code leaves Adam's moments: a masked E may return
+
+    def ranks(self, layers: Mapping[str, Adapted]) -> dict[str, int]:
+        return {name: int((layer.p["E"] != 0).sum()) for name, layer in layers.items()}
+
+
+def _tensors(layers: Mapping[str, Adapted]) -> list[Tensor]:
+    """P, E, Q of each layer in turn."""
+    return [layer.p[k] for layer in layers.values() for k in "PEQ"]
+
+
+preset(
+    "adalora",
+    form="triplet",
+    scale="adalora",
+    allocation="adalora",
+    rank=12,
+    alpha=32,
+    lr=5e-4,
+    lr_origin="the official scripts for XSum and MNLI (5e-4 to 2.2e-3 elsewhere)",
+)

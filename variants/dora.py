@@ -1,0 +1,94 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al., ICML 2024), arXiv:2402.09353.
+
+    W = c (W0 + s B A),    c = m / ||W0 + s B A||_row,    m starts at ||W0||_row
+
+Eq. 5, with the norm taken as a constant in backward (Section 4.3). Official code: NVlabs/DoRA,
+commonsense_reasoning/peft/src/peft/tuners/dora.py: the norm runs over the input features of each
+output feature, so m has one number a row. Dropout hits all but the plain base product:
+y = W0 x + (W - W0) dropout(x), as there. PEFT agrees, but forms B A densely, in fp32, at each step,
+and gives NaN on a zero row; here the norm is factored, and a zero row stays zero.
+
+Row norms are m and nothing else, wherever A and B go:
+
+>>> import torch
+>>> p = {"A": torch.randn(2, 8), "B": torch.randn(6, 2), "m": torch.arange(1.0, 7.0)}
+>>> W = DoRA().weight(torch.randn(6, 8), p, s=2.0)
+>>> torch.allclose(W.norm(dim=1), p["m"])
+True
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._api import LowRank, Tensors, wide
+from ._layer import Adapted
+from ._product import low_rank
+from ._registry import preset
+
+CANCELLED = 1e-3  # of ||W0||^2: below, the factored norm has lost too many digits
+
+
+@dataclass(frozen=True)
+class DoRA(LowRank, name="dora"):
+    """Magnitude and direction: a learned norm for each output feature."""
+
+    detach_norm: bool = True
+    """take ||V|| as a constant in backward (`dora_simple` in the official code)"""
+
+    parameters = "r*(m + n) + m"
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"A": (r, n), "B": (m, r), "m": (m,)}
+
+    def embed(self, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensors:
+        return {"A": A, "B": B, "m": torch.linalg.vector_norm(W + s * B @ A, dim=1)}
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        V = W0 + s * p["B"] @ p["A"]
+        norm = torch.linalg.vector_norm(V, dim=1)
+        return self._ratio(p["m"], norm)[:, None] * V
+
+    def _ratio(self, m: Tensor, norm: Tensor) -> Tensor:
+        norm = norm.detach() if self.detach_norm else norm
+        return m / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        A, B, s = layer.p["A"], layer.p["B"], layer.s
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = row_norms(layer, A, B, s)
+        c = self._ratio(layer.p["m"], norm).to(x.dtype)
+        product = layer.frozen.stored.product
+        xd = layer.dropout(x)
+        base = product(xd)
+        moved = c * (base + low_rank(xd, A, B, s))
+        if layer.drops:  # W0 x + (W - W0) dropout(x)
+            return product(x, layer.bias) + (moved - base)
+        return moved if layer.bias is None else moved + layer.bias.to(x.dtype)
+
+
+def row_norms(layer: Adapted, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """||W0 + s B A|| of each row [m], in fp32 or wider, without forming B A.
+
+    ||W0||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B (A A^T)) * B), the first term kept.
+    """
+    W0 = layer.W0.to(wide(layer.W0.dtype))
+    cross = ((W0 @ A.mT) * B).sum(1)
+    square = ((B @ (A @ A.mT)) * B).sum(1)
+    squared = layer.row_squares + 2 * s * cross + s**2 * square
+    cancelled = squared < CANCELLED * layer.row_squares
+    if cancelled.any():
+        rows = W0[cancelled] + s * B[cancelled] @ A
+        squared = squared.masked_scatter(cancelled, rows.square().sum(1))
+    return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+
+
+preset(
+    "dora",
+    form="dora",
+    rank=16,
+    alpha="2r",
+    lr=2e-4,
+    lr_origin="the paper's Table 8, LLaMA-7B and LLaMA2-7B at rank 16",
+)
