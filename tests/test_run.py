@@ -128,6 +128,13 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
     assert env["packages"]["torch"] == torch.__version__
 
 
+def test_the_base_knows_its_old_skills_and_no_new_one(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert result["forgetting"]["base"]["exact_match"] > 0.97
+    assert result["forgetting"]["base"]["loss"] < 0.05
+    assert result["metrics"]["base"]["exact_match"] < 0.1
+
+
 def test_the_same_command_repeats_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     words = [w for w in QUICK if not w.startswith("track")]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.pretrain import make_tokenizer
 from experiments.tasks import BadInput, Item, tasks
-from experiments.tasks._task import IGNORED, cut, final_number, pairs
+from experiments.tasks._task import IGNORED, cut, final_number, pairs, token_ids
 from experiments.tasks.choice import Choice
 from experiments.tasks.classify import Classify, classification, regression
 from experiments.tasks.gsm8k import GSM8K
@@ -46,6 +47,16 @@ def test_long_items_lose_the_beginning_of_the_prompt() -> None:
     assert example.ids[-4:] == [ord("z"), ord("c"), ord("d"), 2]
     (example,) = pairs([Item("0", "ab")], ["c" * 50], Letters(), 8)
     assert len(example.ids) == 8 and example.cut and example.labels[1] != IGNORED
+
+
+def test_tokens_are_the_texts_alone_whatever_the_tokenizer_file_asks() -> None:
+    tokenizer = make_tokenizer()
+    texts = ["<copy>abcdef=", "<copy>abc="]
+    plain = token_ids(tokenizer, texts)
+    assert [len(ids) for ids in plain] == [8, 5]
+    tokenizer.backend_tokenizer.enable_padding(direction="left", pad_id=0, pad_token="<pad>")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    assert token_ids(tokenizer, texts) == plain
 
 
 def test_what_is_missing_is_cut_from_train_and_stays_the_same() -> None:

@@ -118,6 +118,9 @@ def pairs(
 def token_ids(tokenizer: Any, texts: Sequence[str], special: bool = True) -> list[list[int]]:
     """The tokens of many texts, without the masks that take transformers most of the time."""
     if getattr(tokenizer, "is_fast", False):
+        # A tokenizer.json may ask for padding or a longest text; transformers overrules it too.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
         found = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in found]
     return tokenizer(list(texts), add_special_tokens=special).input_ids
