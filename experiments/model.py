@@ -159,7 +159,8 @@ def _from_hub(node: HF) -> Path:
 
 def hub_is_online() -> bool:
     """Whether the hub may be asked, and answers."""
-    return os.environ.get("HF_HUB_OFFLINE", "") in ("", "0") and online("huggingface.co")
+    allowed = os.environ.get("HF_HUB_OFFLINE", "") in ("", "0")
+    return allowed and online(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def _load(folder: Path, node: Tiny | HF, num_labels: int) -> tuple[Any, Any, bool]:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import netrc
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from .config import Track
 from .network import online
 from .tasks import BadInput
 
+PATIENCE = 120  # seconds that a run waits, at its end, for a slow network
 _server: subprocess.Popen[str] | None = None  # serves every run of this process, one after another
 
 
@@ -95,13 +97,19 @@ class Tracker:
             self.say("track: W&B's process ended; the run goes on without it")
 
     def _answer(self) -> dict[str, Any]:
+        """The next line of the other side, or what stands for it when none comes in time."""
         assert _server is not None
         assert _server.stdout is not None
-        line = _server.stdout.readline()
-        if not line:
-            self.enabled = False
-            return {"said": ["track: W&B's process ended; the run folder has everything"]}
-        return json.loads(line)
+        ready = select.select([_server.stdout], [], [], PATIENCE)[0]
+        line = _server.stdout.readline() if ready else ""
+        if line:
+            return json.loads(line)
+        self.enabled = False
+        why = "ended" if ready else f"did not answer for {PATIENCE} s"
+        _server.kill()
+        _server.wait()
+        text = f"track: W&B's process {why}; the run folder has everything"
+        return {"said": [text], "error": text}
 
 
 def serve() -> None:
@@ -138,6 +146,8 @@ def _open(about: dict[str, Any], asked: str) -> tuple[Any, list[str]]:
     import wandb
 
     mode, said = _mode(asked)
+    if mode == "online" and not online(_url()):
+        return None, [f"no network to W&B at {_url()}"]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
     rest: dict[str, Any] = {"resume": "allow", "reinit": "finish_previous", "settings": settings}
     try:
@@ -156,20 +166,20 @@ def _mode(asked: str) -> tuple[Any, list[str]]:
         return asked, []
     if not _has_key():
         return "offline", []
-    if not online(_host()):
+    if not online(_url()):
         return "offline", ["track: no network to W&B; this run is offline, `wandb sync` sends it"]
     return "online", []
 
 
-def _host() -> str:
-    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def _url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators(_host()) is not None
+        return netrc.netrc().authenticators(urlparse(_url()).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
