@@ -97,6 +97,7 @@ class Adapted(nn.Module):
 
     subtracted_A: Tensor | None
     subtracted_B: Tensor | None
+    _row_squares: Tensor | None
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Adapted(nn.Module):
         self.enabled = True
         for name, factor in zip("AB", subtracted or (None, None), strict=True):
             self.register_buffer(f"subtracted_{name}", factor)
-        self._row_squares: Tensor | None = None
+        self.register_buffer("_row_squares", None, persistent=False)
 
     @property
     def W0(self) -> Tensor:
@@ -158,7 +159,7 @@ class Adapted(nn.Module):
     @property
     def row_squares(self) -> Tensor:
         """||W0||^2 of each row [m], in fp32 or wider, computed once: W0 does not change."""
-        if self._row_squares is None or self._row_squares.device != self.W0.device:
+        if self._row_squares is None:
             W0 = self.W0
             self._row_squares = W0.to(wide(W0.dtype)).square().sum(1)
         return self._row_squares
