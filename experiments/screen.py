@@ -57,9 +57,12 @@ class Screen:
         )
 
     def tick(self) -> None:
-        """One portion of the phase is done."""
+        """One portion of the phase is done; texts to generate are not in its total before."""
         if self.progress is not None and self._total and not self._note:
-            self.progress.advance(self._task)
+            task = self.progress.tasks[0]
+            self.progress.update(
+                self._task, advance=1, total=max(task.total or 0, task.completed + 1)
+            )
 
     def step(self, step: int, loss: float) -> None:
         """A training step is done."""

@@ -128,6 +128,14 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
     assert env["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_experiment_can_be_asked_for(file: Path, tmp_path: Path) -> None:
+    done = lab(f"experiment={file.stem}", "dry=true", out=tmp_path)
+    assert done.stdout.startswith("missing") and not any(tmp_path.iterdir())
+
+
 def test_the_base_knows_its_old_skills_and_no_new_one(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert result["forgetting"]["base"]["exact_match"] > 0.97
