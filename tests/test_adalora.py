@@ -53,7 +53,7 @@ def _train(steps: int, **settings: float) -> tuple[variants.Adapter, list[int], 
     optimizer = adapter.optimizer(2e-2, steps=steps)
     x = torch.randn(64, 12, dtype=torch.float64)
     y = torch.randn(64, 8, dtype=torch.float64)
-    kept, grads = [], []
+    kept, masked, grads = [], [], []
     for _ in range(steps):
         penalty = adapter.penalty()
         assert penalty is not None
@@ -65,7 +65,10 @@ def _train(steps: int, **settings: float) -> tuple[variants.Adapter, list[int], 
                  for n, la in adapter.layers.items()}  # fmt: skip
         grads.append({n: (before[n], after[n]) for n in before})
         optimizer.zero_grad()
-        kept.append(sum(adapter.ranks().values()))
+        kept.append(sum(int((la.p["E"] != 0).sum()) for la in adapter.layers.values()))
+        masked.append(sum(adapter.ranks().values()))
+    assert masked[0] == 12 and masked[-1] == kept[-1]  # between masks, those of the last one
+    assert all(after <= before for before, after in pairwise(masked))
     return adapter, kept, grads
 
 
@@ -148,3 +151,37 @@ def test_impossible_schedules_are_refused(settings: dict, message: str) -> None:
             _net(), "adalora", rank=4, allocation={"name": "adalora", **settings}
         )
         adapter.optimizer(1e-3, steps=100)
+
+
+def test_a_second_run_of_the_same_adapter_counts_its_own_steps() -> None:
+    adapter, _, _ = _train(20)
+    assert sum(adapter.ranks().values()) == 8
+    optimizer = adapter.optimizer(1e-2, steps=20)
+    adapter.penalty()
+    adapter.model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert adapter.step == 1 and sum(adapter.ranks().values()) == 12
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_too_short_to_measure_anything_is_refused(steps: int) -> None:
+    adapter = variants.attach(_net(), "adalora", rank=6)
+    with pytest.raises(variants.Incompatible, match="leave nothing of"):
+        adapter.optimizer(1e-2, steps=steps)
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    adapter = variants.attach(
+        _net(), "adalora", rank=6, allocation={"name": "adalora", "target_rank": 0.1}
+    )
+    with pytest.raises(variants.Incompatible, match="leaves no triplet"):
+        adapter.optimizer(1e-2, steps=100)
+
+
+def test_the_penalty_is_the_same_under_autocast() -> None:
+    torch.manual_seed(0)
+    adapter = variants.attach(nn.Sequential(nn.Linear(12, 10)), "adalora", rank=6)
+    outside = adapter.penalty()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = adapter.penalty()
+    assert outside is not None and inside is not None and torch.equal(outside, inside)

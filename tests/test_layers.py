@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import variants
+from variants._adapter import fingerprint
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,8 +91,8 @@ def test_every_variant_on_every_architecture(build: Any, preset: str, tmp_path: 
         before = model(**inputs).logits
     rank = None if preset == "full" else 4
     adapter = variants.attach(model, preset, rank=rank)
-    optimizer = adapter.optimizer(1e-2, steps=2)
-    for _ in range(2):
+    optimizer = adapter.optimizer(1e-2, steps=4)
+    for _ in range(4):
         penalty = adapter.penalty()
         loss = model(**inputs).logits.square().mean()
         (loss if penalty is None else loss + penalty).backward()
@@ -116,8 +117,8 @@ def test_slices_of_a_fused_layer(preset: str, tmp_path: Path) -> None:
     model, ids = gpt2(), torch.randint(0, 64, (2, 8))
     weight = model.transformer.h[0].attn.c_attn.weight.detach().clone()
     adapter = variants.attach(model, preset, rank=4, targets="q,v")
-    optimizer = adapter.optimizer(1e-2, steps=3)
-    for _ in range(3):
+    optimizer = adapter.optimizer(1e-2, steps=4)
+    for _ in range(4):
         penalty = adapter.penalty()
         loss = model(input_ids=ids, labels=ids).loss
         (loss if penalty is None else loss + penalty).backward()
@@ -274,3 +275,153 @@ def test_autocast_runs_the_adapter_in_bf16() -> None:
         assert logits.dtype == torch.bfloat16
         assert all(t.grad.dtype == torch.float32 for t in adapter.parameters())
         adapter.detach()
+
+
+class Head(nn.Module):
+    """A head of two layers, as RoBERTa's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dense(x).tanh())
+
+
+class Net(nn.Module):
+    """An embedding, a layer, a recurrent module with two outputs, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.fc = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.gru, self.classifier = nn.GRU(8, 8, batch_first=True), Head()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, _ = self.gru(self.fc(self.embed(ids)))
+        return self.classifier(x)
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def test_modules_trained_in_full_of_every_shape() -> None:
+    """Integers in, tuples out; merged they have the model's dtype again."""
+    model = Net().to(torch.bfloat16)
+    adapter = variants.attach(
+        model, "lora", rank=2, targets="fc", modules_to_save=["embed", "gru", "classifier"]
+    )
+    optimizer = adapter.optimizer(1e-2)
+    for _ in range(3):
+        model(IDS).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model(IDS)
+    assert adapter.saved_modules["embed"].copy.weight.dtype == torch.float32  # type: ignore[union-attr]
+    adapter.merge()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model(IDS), after, rtol=0.05, atol=0.02)
+    assert 0 < adapter.merge_error < 2**-8
+
+
+def test_a_module_trained_in_full_is_not_stored_by_the_base() -> None:
+    adapter = variants.attach(
+        Net(), "qlora", rank=2, targets="fc", modules_to_save=["classifier.dense"]
+    )
+    assert type(adapter.saved_modules["classifier.dense"].copy) is nn.Linear
+
+
+def test_a_module_trained_in_full_holds_no_target() -> None:
+    model = Net()
+    with pytest.raises(variants.Incompatible, match=r"classifier: the target classifier\.dense"):
+        variants.attach(model, "lora", rank=2, modules_to_save=["classifier"], targets="dense")
+    assert type(model.classifier.dense) is nn.Linear
+
+
+def test_a_saved_head_of_another_shape_changes_nothing(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rank": 2, "targets": "fc", "modules_to_save": ["classifier"]}
+    variants.attach(Net(), "lora", **settings).save(tmp_path)
+    other = Net()
+    other.classifier.out_proj = nn.Linear(8, 4)
+    with pytest.raises(variants.Incompatible, match=r"classifier\.out_proj\.weight is \(3, 8\)"):
+        variants.load(other, tmp_path)
+    assert type(other.fc) is nn.Linear and other.fc.weight.requires_grad
+
+
+def test_a_layer_that_stands_twice_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model.append(model[0])
+    with pytest.raises(variants.Incompatible, match="targets=0: the same layer stands at 2 too"):
+        variants.attach(model, "lora", rank=2)
+
+
+@pytest.mark.parametrize("preset", ["lora", "dora", "adalora", "full", "factorized", "qlora"])
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_autocast_is_the_low_precision_of_products_alone(preset: str, init: str) -> None:
+    """Against the same layer given bf16 input outside autocast, where nothing else is rounded."""
+    if init == "pissa" and preset in ("full", "factorized"):
+        with pytest.raises(variants.Incompatible, match="needs a low-rank form"):
+            variants.choose(preset, init=init)
+        return
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48))
+    rank = None if preset == "full" else 8
+    variants.attach(model, preset, rank=rank, init=init)
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model(x)
+    assert torch.equal(inside, model(x.bfloat16()))
+    double = model[0](x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model[0](x.double()), double)
+
+
+@pytest.mark.parametrize("base", ["dense", "bf16", "nf4"])
+def test_a_bias_may_learn_on_every_base(base: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8))
+    variants.attach(model, "lora", rank=2, base=base)
+    bias = model[0].bias.requires_grad_()
+    model(torch.randn(5, 64)).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((8,), 5.0))
+
+
+def test_dora_keeps_a_small_change_of_magnitude_in_bf16() -> None:
+    """bf16 steps are .0078 above 1; a gain of 1.003 must arrive, on average over many outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512, bias=False)).bfloat16()
+    adapter = variants.attach(model, "dora", rank=4)
+    x = torch.randn(64, 256).bfloat16()
+    before = model(x).float()
+    with torch.no_grad():
+        adapter.layers["0"].p["m"].mul_(1.003)
+    after = model(x).float()
+    gain = (after * before).sum() / before.square().sum()
+    assert gain.item() == pytest.approx(1.003, abs=3e-4)
+
+
+def test_dora_with_dropout_keeps_its_input_once() -> None:
+    """q, k and v of one x: x itself, and three results to be scaled; no dropped copies."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(3)).train()
+    adapter = variants.attach(model, "dora", rank=2, dropout=0.5)
+    x = torch.randn(256, 64, requires_grad=True)
+    kept: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = [layer(x) for layer in model]
+    assert len(outputs) == len(adapter.layers) == 3
+    assert sum(kept.values()) < 4.1 * x.nbytes
+
+
+def test_the_fingerprint_sees_every_column() -> None:
+    W = torch.zeros(512, 512)
+    other = W.clone()
+    other[:, 7] = 1.0
+    assert fingerprint(W) != fingerprint(other)

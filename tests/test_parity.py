@@ -1,5 +1,6 @@
 """Equal to PEFT from the same factors, in both directions; equal to bitsandbytes to the bit."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import variants
+from variants._adapter import build
 
 peft = pytest.importorskip("peft", reason="the extra `dev` brings peft")
 transformers = pytest.importorskip("transformers")
@@ -212,6 +214,92 @@ def test_modules_to_save_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(back.model.eval()(x).logits, wanted, rtol=0, atol=1e-5)
 
 
+def test_a_head_of_several_layers_both_ways(tmp_path: Path) -> None:
+    """RoBERTa's head is a module of two layers."""
+
+    def roberta() -> Any:
+        torch.manual_seed(0)
+        sizes = SIZES | {"max_position_embeddings": 40}
+        config = transformers.RobertaConfig(**sizes, num_labels=3, pad_token_id=0)
+        return transformers.RobertaForSequenceClassification(config).eval()
+
+    x = ids() % 60 + 2
+    adapter = variants.attach(
+        roberta(), "lora", rank=4, targets="q,v", modules_to_save=["classifier"]
+    )
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor += 0.05
+    wanted = adapter.model.eval()(x).logits
+    adapter.save_peft(tmp_path / "ours")
+    their = peft.PeftModel.from_pretrained(roberta(), tmp_path / "ours").eval()
+    torch.testing.assert_close(their(input_ids=x).logits, wanted, rtol=0, atol=1e-5)
+    their.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        back = variants.load_peft(roberta(), tmp_path / folder)
+        assert list(back.saved_modules) == ["classifier"]
+        torch.testing.assert_close(back.model.eval()(x).logits, wanted, rtol=0, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """Two layers, the path of one the end of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blk = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+        self.fc = nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blk["fc"](x).tanh())
+
+
+def test_patterns_are_whole_paths(tmp_path: Path) -> None:
+    """Two scales: each layer reads its own, here and in PEFT."""
+    adapter = variants.attach(Nested(), "lora", rank=4, alpha=8, targets=["fc"])
+    assert list(adapter.layers) == ["blk.fc", "fc"]
+    adapter.layers["fc"].s = 6.0
+    with torch.no_grad():
+        for tensor in adapter.parameters():
+            tensor += 0.05
+    x = torch.randn(3, 16)
+    wanted = adapter.model(x)
+    adapter.save_peft(tmp_path)
+    assert {n: la.s for n, la in variants.load_peft(Nested(), tmp_path).layers.items()} == {
+        "blk.fc": 2.0, "fc": 6.0
+    }  # fmt: skip
+    their = peft.PeftModel.from_pretrained(Nested(), tmp_path).eval()
+    torch.testing.assert_close(their(x), wanted, rtol=0, atol=1e-5)
+
+
+def test_targets_are_whole_paths(tmp_path: Path) -> None:
+    """PEFT adapts no layer that was left out here."""
+    model = Nested()
+    sites = [item for item in variants.plan(model, variants.choose("lora", 4), ["fc"])
+             if item.site.path == "fc"]  # fmt: skip
+    adapter = build(model, variants.choose("lora", 4), sites, targets=["fc"], dropout=0.0, seed=0)
+    adapter.save_peft(tmp_path)
+    their = peft.PeftModel.from_pretrained(Nested(), tmp_path)
+    adapted = {n for n, m in their.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {"base_model.model.fc"}
+
+
+def test_tensors_that_are_not_read_are_refused(tmp_path: Path) -> None:
+    """An adapted embedding; a changed lm_head beside the adapter. The base's own is no matter."""
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "embedding")
+    with pytest.raises(variants.Incompatible, match="lora_embedding_A has no equal here"):
+        variants.load_peft(llama(), tmp_path / "embedding")
+    their = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    their.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    assert variants.load_peft(llama(), tmp_path / "same").layers
+    with torch.no_grad():
+        their.base_model.model.lm_head.weight += 1
+    their.save_pretrained(tmp_path / "moved", save_embedding_layers=True)
+    with pytest.raises(variants.Incompatible, match=r"lm_head\.weight has no equal here"):
+        variants.load_peft(llama(), tmp_path / "moved")
+
+
 def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
     adapter = variants.attach(llama(), "full", targets=TARGETS)
     with pytest.raises(variants.Incompatible, match="no place for form full"):
@@ -219,6 +307,11 @@ def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora")
     peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "olora")
     with pytest.raises(variants.Incompatible, match="olora moved the base"):
+        variants.load_peft(llama(), tmp_path / "olora")
+    settings = json.loads((tmp_path / "olora" / "adapter_config.json").read_text())
+    settings["init_lora_weights"] = "loftq"
+    (tmp_path / "olora" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(variants.Incompatible, match="loftq moved the base"):
         variants.load_peft(llama(), tmp_path / "olora")
     peft.get_peft_model(llama(), peft.LoHaConfig(r=4, target_modules=TARGETS)).save_pretrained(
         tmp_path / "loha"

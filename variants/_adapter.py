@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ class Adapter:
         optimizer = self.choice.update.optimizer(
             self.layers, others, lr, weight_decay=weight_decay, **settings
         )
+        self.step = 0
         if steps is not None:
             self.allocation_state = self.choice.allocation.begin(self.layers, steps)
         elif self.choice.allocation.scheduled:
@@ -222,6 +224,8 @@ class Adapter:
         return optimizer
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self.layers:
+            return  # merged or detached
         self.step += 1
         if self.choice.allocation.penalized and not self._penalty_asked:
             self._warn(
@@ -242,15 +246,19 @@ class Adapter:
     def penalty(self) -> Tensor | None:
         """The allocation's term of the training loss (AdaLoRA's orthogonality), or None."""
         self._penalty_asked = True
-        return self.choice.allocation.penalty(self.layers)
+        if not self.layers or not self.choice.allocation.penalized:
+            return None
+        device = self.parameters()[0].device.type
+        with torch.autocast(device, enabled=False):
+            return self.choice.allocation.penalty(self.layers)
 
     def ranks(self) -> dict[str, int]:
         """The directions in use, by layer."""
-        return self.choice.allocation.ranks(self.layers)
+        return self.choice.allocation.ranks(self.layers, self.allocation_state)
 
     def state(self) -> dict[str, Any]:
         """What changes while training and is no tensor of the adapter, for a checkpoint."""
-        return {"step": self.step, "allocation": self.allocation_state}
+        return deepcopy({"step": self.step, "allocation": self.allocation_state})
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from `state()`."""
@@ -301,7 +309,11 @@ class Adapter:
 
     @torch.no_grad()
     def detach(self) -> nn.Module:
-        """Takes the adapter out: the original layers again (a lossy base: as it was stored)."""
+        """Takes the adapter out: the original layers again.
+
+        A lossy base stays as it was stored. Where the init moved the base (PiSSA), what it took is
+        put back, which is exact to the rounding of the base's dtype and not to the last bit.
+        """
         return self._leave(
             lambda part: part.original if isinstance(part, Adapted) else part.stored.dense(),
             "original",
@@ -312,7 +324,9 @@ class Adapter:
         for path, layer in list(stand_ins(self.model)):
             replace(self.model, path, plain(layer, matrix))
         for path, module in self.saved_modules.items():
-            replace(self.model, path, getattr(module, saved))
+            narrow, error = module.narrowed() if saved == "copy" else (module.original, 0.0)
+            self.merge_error = max(self.merge_error, error)
+            replace(self.model, path, narrow)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trainable_before.get(name, False))
         self.layers, self.saved_modules = {}, {}
@@ -403,8 +417,10 @@ def build(
     if any(p.is_meta for p in model.parameters()):
         raise Incompatible("the model has no weights (it is on the meta device)")
     copied = [_find_module(model, name) for name in modules_to_save]
+    for path in copied:
+        _check_copied(model, path, [item.site.path for item in planned], tensors)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    body = set(all_linear(model))
+    body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
     by_path: dict[str, list[Planned]] = {}
     for item in planned:
         by_path.setdefault(item.site.path, []).append(item)
@@ -508,13 +524,40 @@ def _fuse(module: nn.Module, made: dict[Site, Adapted], base: Base) -> nn.Module
 
 
 def _find_module(model: nn.Module, name: str) -> str:
-    found = [path for path, _ in model.named_modules() if path == name or path.endswith("." + name)]
+    paths = [path for path, _ in model.named_modules()]
+    found = [p for p in paths if p == name] or [p for p in paths if p.endswith("." + name)]
     if len(found) != 1:
         top = ", ".join(path for path, _ in model.named_children())
         raise Incompatible(
             f"modules_to_save={name}: matches {len(found)} modules, not one; at the top: {top}"
         )
     return found[0]
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(outer + ".")
+
+
+def _check_copied(
+    model: nn.Module, path: str, adapted: list[str], tensors: Mapping[str, Tensor] | None
+) -> None:
+    """A module trained in full holds no adapted layer, and a saved one has the model's shapes."""
+    inside = [p for p in adapted if _inside(p, path)]
+    if inside:
+        raise Incompatible(
+            f"modules_to_save={path}: the target {inside[0]} lies in it; leave one of the two out"
+        )
+    own = model.get_submodule(path).state_dict()
+    if not own:
+        raise Incompatible(f"modules_to_save={path}: nothing in it can be trained")
+    for name, tensor in own.items() if tensors is not None else ():
+        saved = (tensors or {}).get(f"modules.{path}.{name}")
+        if saved is None or saved.shape != tensor.shape:
+            shape = None if saved is None else tuple(saved.shape)
+            raise Incompatible(
+                f"the saved tensor {path}.{name} is {shape}, the model asks for "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 def _copy(model: nn.Module, path: str, tensors: Mapping[str, Tensor] | None) -> Copied:
@@ -533,9 +576,10 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def fingerprint(W: Tensor) -> str:
-    """Of a matrix: its shape and 4,096 evenly spaced entries."""
-    every = max(1, W.numel() // 4096)
-    sample = W.detach().reshape(-1)[::every][:4096].float().cpu().contiguous()
+    """Of a matrix: its shape and 4,096 entries, evenly spaced from the first to the last."""
+    count = min(W.numel(), 4096)  # 4,095 parts of the way, so that no one column is all it sees
+    places = torch.arange(count, device=W.device) * (W.numel() - 1) // max(1, count - 1)
+    sample = W.detach()[places // W.shape[1], places % W.shape[1]].float().cpu()
     digest = hashlib.sha256(str(tuple(W.shape)).encode())
     digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -69,7 +69,7 @@ class Form(Part):
         W0 = layer.W0
         W = self.weight(W0, layer.p, layer.s)  # type: ignore[arg-type]
         if not layer.drops:
-            return F.linear(x, W.to(x.dtype), layer.bias)
+            return F.linear(x, W.to(x.dtype), layer.bias_like(x))
         return layer.frozen(x) + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
@@ -165,8 +165,10 @@ class Allocation(Part):
         """
         return ()
 
-    def ranks(self, layers: Mapping[str, "Adapted"]) -> dict[str, int]:
-        """The directions in use, by layer."""
+    def ranks(
+        self, layers: Mapping[str, "Adapted"], state: dict[str, Any] | None
+    ) -> dict[str, int]:
+        """The directions in use, by layer; without a state (a loaded adapter) by its tensors."""
         return {name: layer.rank for name, layer in layers.items()}
 
 

@@ -141,6 +141,10 @@ class Adapted(nn.Module):
     def bias(self) -> Tensor | None:
         return self.frozen.bias
 
+    def bias_like(self, x: Tensor) -> Tensor | None:
+        """The bias in the dtype of x."""
+        return None if self.bias is None else self.bias.to(x.dtype)
+
     @property
     def subtracted(self) -> tuple[Tensor, Tensor] | None:
         """(A0, B0), B0 with the scale of its day in it: the original matrix is W0 + B0 A0."""
@@ -169,25 +173,33 @@ class Adapted(nn.Module):
         """Whether dropout acts now."""
         return self.training and self.p_drop > 0
 
+    def draw_dropout(self) -> tuple[float, int]:
+        """(probability, seed of the mask, from torch's global generator) of this forward."""
+        return (self.p_drop, draw_seed()) if self.drops else (0.0, 0)
+
     def dropout(self, x: Tensor) -> Tensor:
-        """The adapter's own dropout on its input, seeded from torch's global generator."""
-        return dropout(x, self.p_drop, draw_seed()) if self.drops else x
+        """The adapter's own dropout on its input."""
+        return dropout(x, *self.draw_dropout()) if self.drops else x
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """s B A dropout(x), keeping x alone for backward."""
-        if self.drops:
-            return low_rank(x, A, B, self.s, self.p_drop, draw_seed())
-        return low_rank(x, A, B, self.s)
+        return low_rank(x, A, B, self.s, *self.draw_dropout())
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._forward(x)
+        if x.dtype != torch.float64:  # as autocast itself has it
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):  # norms and the like keep their own precision
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if self.enabled:
             return self.form.forward(x, self)
         if self.subtracted is None:
             return self.frozen(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.original.to(x.dtype), bias)
+        return F.linear(x, self.original.to(x.dtype), self.bias_like(x))
 
     def extra_repr(self) -> str:
         return f"{self.form.name}, rank={self.rank}, s={self.s:g}, dropout={self.p_drop:g}"
@@ -222,11 +234,34 @@ class Copied(nn.Module):
             parameter.data = parameter.data.to(wide(parameter.dtype))
             parameter.requires_grad_(True)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.enabled:
-            return self.original(x, *args, **kwargs)
-        y = self.copy(x.to(next(self.copy.parameters()).dtype), *args, **kwargs)
-        return y.to(x.dtype)
+            return self.original(*args, **kwargs)
+        inner, outer = (next(m.parameters()).dtype for m in (self.copy, self.original))
+        return _cast(self.copy(*_cast(args, inner), **_cast(kwargs, inner)), outer)
+
+    def narrowed(self) -> tuple[nn.Module, float]:
+        """The copy in the original's dtypes, and the largest relative error of that rounding."""
+        worst = 0.0
+        own = zip(self.copy.parameters(), self.original.parameters(), strict=True)
+        for tensor, like in own:
+            rounded = tensor.data.to(like.dtype)
+            size = torch.linalg.vector_norm(tensor.data)
+            error = torch.linalg.vector_norm(rounded.to(tensor.dtype) - tensor.data)
+            worst = max(worst, (error / size).item() if size > 0 else 0.0)
+            tensor.data = rounded
+        return self.copy, worst
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors in `dtype`, wherever they stand in tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)({k: _cast(v, dtype) for k, v in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value
 
 
 def freeze(

@@ -27,8 +27,9 @@ UNSUPPORTED = (
     "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
     "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
+READ = re.compile(r"\.lora_([AB](\.weight)?|E|magnitude_vector)$")
 # Inits that move the base and cannot be repeated exactly from the base alone.
-UNREPEATABLE = ("pissa_niter_", "olora", "corda", "lora_ga")
+UNREPEATABLE = ("pissa_niter_", "olora", "corda", "lora_ga", "loftq")
 
 
 def save_peft(adapter: Adapter, path: Path) -> Path:
@@ -60,13 +61,22 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
         "init_lora_weights": True,
         "lora_dropout": adapter.dropout,
         "modules_to_save": list(adapter.saved_modules) or None,
-        "target_modules": sorted(adapter.layers),
+        "target_modules": _target_modules(adapter),
         "task_type": _task_type(adapter.model),
     }
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, tensors)
     write_atomically(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def _target_modules(adapter: Adapter) -> list[str] | str:
+    """The adapted paths; as one expression where PEFT would take the end of another path too."""
+    own = set(adapter.layers)
+    if any(path.endswith(f".{name}") and path not in own
+           for path, _ in adapter.model.named_modules() for name in own):  # fmt: skip
+        return "|".join(map(re.escape, sorted(own)))
+    return sorted(own)
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -101,8 +111,9 @@ def _lora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {re.escape(k): r for k, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(k): a for k, a in alphas.items() if a != alpha},
+        # whole paths: PEFT takes a key for the end of any path that it fits
+        "rank_pattern": {f"^{re.escape(k)}": r for k, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(k)}": a for k, a in alphas.items() if a != alpha},
         "use_dora": adapter.choice.form.name == "dora",
         "use_rslora": False,
     }
@@ -156,6 +167,7 @@ def load_peft(model: nn.Module, path: str | Path, *, trainable: bool = True) -> 
             f"save it with path_initial_model_for_weight_conversion"
         )
     modules = _saved_modules(tensors, config)
+    _refuse_unread(model, path, tensors, modules)
     if kind == "ADALORA":
         return _read_adalora(model, config, tensors, modules, trainable)
     return _read_lora(model, config, tensors, modules, trainable, repeat_pissa=init == "pissa")
@@ -170,6 +182,20 @@ def _saved_modules(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         if ".lora_" not in path and any(re.search(rf"(^|\.){re.escape(n)}\.", path) for n in names):
             found[f"modules.{path}"] = tensor
     return found
+
+
+def _refuse_unread(
+    model: nn.Module, path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, Tensor]
+) -> None:
+    """Every tensor is read, or is the model's own number for number (PEFT saves embeddings)."""
+    own = model.state_dict()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if READ.search(name) or f"modules.{name}" in modules:
+            continue
+        mine = own.get(name.replace(".base_layer.", "."))
+        if mine is None or mine.shape != tensor.shape or not torch.equal(mine.cpu(), tensor):
+            raise Incompatible(f"{path}: the tensor {key} has no equal here")
 
 
 def _pattern(path: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
@@ -266,9 +292,13 @@ def _built(
             resolve(model, [name])  # names what the model has instead
         m, n = kind_of(layers[name]).matrix(layers[name]).shape
         planned.append(Planned(Site(name), (m, n), r, choice.form.shapes(m, n, r)))
-    saved = sorted({k.removeprefix("modules.").rpartition(".")[0] for k in tensors
-                    if k.startswith("modules.")})  # fmt: skip
-    saved = [name for name in saved if any(_is(name, m) for m in config["modules_to_save"] or [])]
+    names = config.get("modules_to_save") or []
+    saved = [
+        path
+        for path, _ in model.named_modules()
+        if any(_is(path, name) for name in names)
+        and any(key.startswith(f"modules.{path}.") for key in tensors)
+    ]
     adapter = build(
         model,
         choice,

@@ -16,12 +16,15 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.dense = dense
+        ctx.dense, ctx.bias = dense, bias if bias is None else bias.dtype
         return F.linear(x, dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] @ ctx.dense().to(grads[0].dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        g, gb = grads[0], None
+        if ctx.needs_input_grad[2]:
+            gb = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias)
+        return g @ ctx.dense().to(g.dtype), None, gb
 
 
 def frozen_product(x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
@@ -58,6 +61,31 @@ class _LowRank(torch.autograd.Function):
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.0, seed: int = 0) -> Tensor:
     """x [..., n] -> s B A dropout(x) [..., m]; A [r, n] and B [m, r] in their own dtype."""
     return _LowRank.apply(x, A, B, s, p, seed)  # type: ignore[return-value]
+
+
+class _Rescaled(torch.autograd.Function):
+    """c t as t + (c - 1) t."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, c: Tensor) -> Tensor:
+        change = (c - 1).to(t.dtype)
+        ctx.save_for_backward(t, change)
+        ctx.dtype = c.dtype
+        return torch.addcmul(t, t, change)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (t, change), g = ctx.saved_tensors, grads[0]
+        gt = torch.addcmul(g, g, change) if ctx.needs_input_grad[0] else None
+        gc = None
+        if ctx.needs_input_grad[1]:
+            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=ctx.dtype)
+        return gt, gc
+
+
+def rescaled(t: Tensor, c: Tensor) -> Tensor:
+    """c t of t [..., m] by a c [m] near 1, whose change is kept when t is in fewer bits than c."""
+    return _Rescaled.apply(t, c)  # type: ignore[return-value]
 
 
 class _Dropout(torch.autograd.Function):

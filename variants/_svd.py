@@ -75,13 +75,16 @@ def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
 
 
 def _compute(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
-    return exact(W, r) if method == "exact" else krylov(W, r, generator)
+    # from the seed, not from where the generator is: what is drawn after does not hang on the cache
+    own = torch.Generator().manual_seed(generator.initial_seed())
+    return exact(W, r) if method == "exact" else krylov(W, r, own)
 
 
 def _cache_file(W: Tensor, r: int, method: str, generator: torch.Generator) -> Path:
     """Named by all that the factors depend on: the weight's content, rank, method and seed."""
     seed = generator.initial_seed() if method == "krylov" else 0
-    digest = hashlib.sha256(f"{tuple(W.shape)} {W.dtype} {r} {method} {seed}".encode())
+    rule = f"{method} {OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL}"
+    digest = hashlib.sha256(f"{tuple(W.shape)} {W.dtype} {r} {rule} {seed}".encode())
     digest.update(W.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
     return Path(root) / "factors" / f"{digest.hexdigest()}.safetensors"

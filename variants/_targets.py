@@ -99,6 +99,7 @@ def resolve(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> lis
     sites = [s for s in found if s.role is None or s.path not in whole]
     sites.sort(key=lambda s: (order[s.path], s.rows or (0, 0)))
     for site in sites:
+        _refuse_shared(model, site.path, layers[site.path])
         _refuse_tied(model, site.path, layers[site.path])
     return sites
 
@@ -127,6 +128,14 @@ def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
         f"targets={word}: matches no linear layer; roles: all-linear, "
         f"{', '.join((*GROUPS, *ROLES))}; layers of this model: {', '.join(leaves) or 'none'}"
     )
+
+
+def _refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
+    for other, candidate in model.named_modules(remove_duplicate=False):
+        if candidate is module and other != path:
+            raise Incompatible(
+                f"targets={path}: the same layer stands at {other} too, and would stay as it was"
+            )
 
 
 def _refuse_tied(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -104,10 +104,10 @@ class AdaLoRABudget(Allocation, name="adalora"):
         warmup, final, every = (
             round(t * steps) if t < 1 else int(t) for t in (self.warmup, self.final, self.every)
         )
-        if warmup + final >= steps and steps > 1:
+        if warmup + final >= steps or final + 1 >= steps:
             raise Incompatible(
                 f"allocation adalora: warmup={warmup} and final={final} steps leave nothing of "
-                f"{steps} for the budget to fall in"
+                f"{steps} to measure importance and let the budget fall in"
             )
         return warmup, final, max(1, every)
 
@@ -115,6 +115,10 @@ class AdaLoRABudget(Allocation, name="adalora"):
         """(triplets allowed after `step`, whether to mask now), of `start` in all."""
         warmup, final, every = self.times(steps)
         target = round(self.target_rank * matrices) if self.target_rank else round(start * 2 / 3)
+        if target < 1:
+            raise Incompatible(
+                f"allocation adalora: target_rank={self.target_rank} leaves no triplet at all"
+            )
         if target > start:
             raise Incompatible(
                 f"allocation adalora: target_rank={self.target_rank} asks for {target} triplets, "
@@ -131,7 +135,8 @@ class AdaLoRABudget(Allocation, name="adalora"):
         start = sum(layer.rank for layer in layers.values())
         self.budget(steps, steps, start, len(layers))  # refuses an impossible schedule now
         zeros = [torch.zeros_like(t) for t in _tensors(layers)]
-        return {"steps": steps, "budget": start, "threshold": 0.0, "mean": zeros,
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        return {"steps": steps, "budget": start, "ranks": ranks, "threshold": 0.0, "mean": zeros,
                 "uncertainty": [t.clone() for t in zeros]}  # fmt: skip
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
@@ -166,12 +171,16 @@ class AdaLoRABudget(Allocation, name="adalora"):
                 for P, E, Q in zip(scores[::3], scores[1::3], scores[2::3], strict=True)
             ]
             threshold = torch.cat(importance).kthvalue(start - state["budget"]).values
-            for layer, score in zip(layers.values(), importance, strict=True):
-                layer.p["E"].masked_fill_(score <= threshold, 0.0)
+            for (name, layer), score in zip(layers.items(), importance, strict=True):
+                masked = score <= threshold
+                layer.p["E"].masked_fill_(masked, 0.0)
+                state["ranks"][name] = layer.rank - int(masked.sum())
             state["threshold"] = threshold.item()
         return []  # the official code leaves Adam's moments: a masked E may return
 
-    def ranks(self, layers: Mapping[str, Adapted]) -> dict[str, int]:
+    def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
+        if state is not None:  # those of the last mask: a masked E moves again until the next
+            return dict(state["ranks"])
         return {name: int((layer.p["E"] != 0).sum()) for name, layer in layers.items()}
 
 

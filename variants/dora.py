@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._api import LowRank, Tensors, wide
 from ._layer import Adapted
-from ._product import low_rank
+from ._product import dropout, low_rank, rescaled
 from ._registry import preset
 
 CANCELLED = 1e-3  # of ||W0||^2: below, the factored norm has lost too many digits
@@ -58,14 +58,15 @@ class DoRA(LowRank, name="dora"):
         A, B, s = layer.p["A"], layer.p["B"], layer.s
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = row_norms(layer, A, B, s)
-        c = self._ratio(layer.p["m"], norm).to(x.dtype)
+        c = self._ratio(layer.p["m"], norm)
         product = layer.frozen.stored.product
-        xd = layer.dropout(x)
-        base = product(xd)
-        moved = c * (base + low_rank(xd, A, B, s))
+        share, seed = layer.draw_dropout()
+        base = product(dropout(x, share, seed))
+        moved = rescaled(base + low_rank(x, A, B, s, share, seed), c)
         if layer.drops:  # W0 x + (W - W0) dropout(x)
             return product(x, layer.bias) + (moved - base)
-        return moved if layer.bias is None else moved + layer.bias.to(x.dtype)
+        bias = layer.bias_like(x)
+        return moved if bias is None else moved + bias
 
 
 def row_norms(layer: Adapted, A: Tensor, B: Tensor, s: float) -> Tensor:

@@ -85,7 +85,7 @@ class Factorized(Form, name="factorized"):
             return super().forward(x, layer)
         p = {k: v.to(x.dtype) for k, v in layer.p.items()}
         scaled = x * p["deviation"] if "deviation" in p else x
-        y = F.linear(F.linear(scaled, p["B"]), p["A"], layer.bias)
+        y = F.linear(F.linear(scaled, p["B"]), p["A"], layer.bias_like(x))
         return y + (x @ p["mean"])[..., None] if "mean" in p else y
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:

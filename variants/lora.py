@@ -85,7 +85,8 @@ class AdamW(Update, name="adamw"):
         self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any
     ) -> torch.optim.Optimizer:
         tensors = [t for layer in layers.values() for t in layer.trained]
-        return torch.optim.AdamW([*tensors, *others], lr=lr, fused=True, **settings)
+        settings.setdefault("fused", not settings.get("foreach"))
+        return torch.optim.AdamW([*tensors, *others], lr=lr, **settings)
 
 
 preset(

@@ -1,11 +1,13 @@
 """QLoRA: Efficient Finetuning of Quantized LLMs (Dettmers et al., NeurIPS 2023), arXiv:2305.14314.
 
-    W = decode(encode(W0)) + s B A,    code i: the middle of the i-th of 16 equal slices of N(0, 1)
+    W = decode(encode(W0)) + s B A,    a block's number = its code's value times its largest |w|
 
-4-bit NormalFloat in blocks of 64, and double quantization: the blocks' scales in 8 bits. Official
-code: artidoro/qlora, qlora.py, on bitsandbytes' functional.py, with which codes, scales and weights
-here agree bit for bit. The paper's "8-bit floats" are the dynamic type, not E4M3. The base stays
-frozen in 4 bits; a product decodes one matrix and drops it again.
+The 16 values are quantiles of N(0, 1) at even steps of probability, 8 from the middle up and 7 from
+the middle down, with an exact zero between, brought to [-1, 1]. Blocks have 64 numbers, and double
+quantization puts their scales into 8 bits. Official code: artidoro/qlora, qlora.py, on
+bitsandbytes' functional.py, with which codes, scales and weights here agree bit for bit. The
+paper's "8-bit floats" are the dynamic type, not E4M3. The base stays frozen in 4 bits; a product
+decodes one matrix and drops it again.
 
 The table, from its definition (Appendix E): quantiles of the normal distribution, a zero, and one
 more value on the positive side; and what a number costs, 4.5 bits or 4.127:
