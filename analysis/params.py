@@ -86,12 +86,14 @@ def meta_model(name: str) -> Any:
 
 
 def count(
-    model: Any, variant: str, rank: int | None = None, targets: Any = "all-linear", **axes: Any
+    model: Any, variant: str, rank: int | None = None, targets: Any = None, **axes: Any
 ) -> dict[str, Any]:
     """trainable, total, fraction, matrices and rank of a variant on `model`."""
+    from variants._adapter import count_trained
+
     choice = variants.choose(variant, rank, **axes)
     planned = variants.plan(model, choice, targets)
-    trainable = sum(item.trained for item in planned)
+    trainable = count_trained(choice, planned)
     total = sum(p.numel() for p in model.parameters()) + trainable
     return {
         "trainable": trainable,
@@ -112,7 +114,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help=f"folder, hub name, or {', '.join(SHAPES)}")
     parser.add_argument("--variant", required=True, help=", ".join(variants.names()))
     parser.add_argument("--rank", type=int)
-    parser.add_argument("--targets", default="all-linear", help="roles or names, with commas")
+    parser.add_argument("--targets", help="roles or names, with commas; default: the variant's")
     parser.add_argument("--json", action="store_true", help="one json object")
     given = parser.parse_args()
     try:

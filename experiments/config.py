@@ -119,7 +119,9 @@ class Settings:
     task: Any = MISSING
     rank: int | None = None
     alpha: Any = None
-    targets: Any = "all-linear"
+    targets: Any = None  # null: the preset's own, all-linear for most
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # {role or layer: rank}
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     dropout: float = 0.0
     seed: int = 0
     optim: Optim = field(default_factory=Optim)
@@ -187,7 +189,7 @@ def settings_of(cfg: DictConfig) -> Settings:
     settings.task = _task(settings.task)
     settings.model = _model(settings.model)
     settings.variant = OmegaConf.to_container(cfg.variant, resolve=True)
-    if not isinstance(settings.targets, str):
+    if settings.targets is not None and not isinstance(settings.targets, str):
         settings.targets = [str(t) for t in settings.targets]
     for key, choices in CHOICES.items():
         group, name = key.split(".")

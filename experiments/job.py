@@ -1,13 +1,14 @@
 """One run, from settings to result.json: prepare, score the base, train, score what came of it."""
 
 import gc
+import itertools
 import math
 import os
 import resource
 import statistics
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 
 import variants
-from variants._adapter import Adapter, Choice, Planned, build, choose, plan
+from variants._adapter import Adapter, Choice, Planned, build, choose, needs, plan
 from variants._api import Stored
 from variants._registry import find_preset
 
-from . import record
+from . import batches, record
 from .config import Settings, fill, run_hash
 from .evaluate import Scorer, Scores, write_predictions
 from .model import Loaded, Source
@@ -66,6 +67,8 @@ def prepare(settings: Settings) -> Prepared:
     identity = {"preset": choice.preset, "axes": choice.axes(), "rank": choice.rank,
                 "alpha": choice.alpha}  # fmt: skip
     settings.rank, settings.alpha = choice.rank, choice.alpha
+    if settings.targets is None:
+        settings.targets = find_preset(choice.preset).targets
     data = splits.digest() + (_text_digest(settings.eval.forgetting) or "")
     digest = run_hash(settings, identity, lr, source.digest, data)
     rank = f"-r{choice.rank}" if choice.rank is not None else ""
@@ -122,7 +125,13 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
     if not gc.isenabled():  # off since run.py; what is there by now stays, and is not walked again
         gc.freeze()
         gc.enable()
-    planned = plan(loaded.model, prepared.choice, settings.targets)
+    planned = plan(
+        loaded.model,
+        prepared.choice,
+        settings.targets,
+        settings.rank_pattern,
+        settings.alpha_pattern,
+    )
     with folder.locked() as held:
         if not held:
             raise BadInput(f"{folder.path}: another process is running this very run")
@@ -229,7 +238,7 @@ class Run:
         self._say_cut(train)
         self.eval_s = 0.0
         base = self._base(scored, train)
-        adapter = self._attach()
+        adapter = self._attach(train)
         init_s = time.perf_counter() - self.began - self.eval_s
         trainer = Trainer(self, adapter, train, scored)
         diverged = None
@@ -304,8 +313,10 @@ class Run:
         record.write_json(self.checkpoints / "base.json", found)
         return found
 
-    def _attach(self) -> Adapter:
+    def _attach(self, train: list[Example]) -> Adapter:
         settings, choice = self.settings, self.prepared.choice
+        if needs(choice):
+            self.screen.say(f"measuring the {' and the '.join(needs(choice))} of each layer")
         heads = self.loaded.heads if settings.task.scoring == "classify" else []
         adapter = build(
             self.loaded.model,
@@ -314,6 +325,7 @@ class Run:
             targets=settings.targets,
             dropout=settings.dropout,
             seed=settings.seed,
+            calibration=self._calibration(train),
             modules_to_save=tuple(heads),
             notes=choice.notes,
         )
@@ -322,6 +334,16 @@ class Run:
             f"matrices; lr {self.prepared.lr:.3g} ({self.prepared.lr_origin})"
         )
         return adapter
+
+    def _calibration(self, train: list[Example]) -> Iterator[dict[str, Any]]:
+        """Training batches as the model takes them, in an order of their own; as many as asked."""
+        size: int = self.settings.train.batch_size  # type: ignore[assignment]
+        pad_id = self.loaded.tokenizer.pad_token_id
+        for step in itertools.count():
+            chosen = batches.order(len(train), size, step, self.settings.seed)
+            batch = batches.collate([train[i] for i in chosen], pad_id, self.device)
+            yield {"input_ids": batch["ids"], "attention_mask": batch["mask"],
+                   "labels": batch["labels"]}  # fmt: skip
 
     def _tuned(
         self, scored: list[Example], base: Mapping[str, Any], adapter: Adapter
@@ -363,7 +385,7 @@ class Run:
                 "axes": choice.axes(),
                 "rank": choice.rank,
                 "alpha": choice.alpha,
-                "scale": sorted({layer.s for layer in adapter.layers.values()}),
+                "scale": sorted({layer.full_s for layer in adapter.layers.values()}),
                 "targets": settings.targets,
                 "model": prepared.source.name,
                 "task": settings.task.name,
@@ -402,7 +424,10 @@ class Run:
                 "saved_activation_bytes": trainer.measured["saved_activation_bytes"],
                 "stored_bits": sum(module.bits for module in stored) / numbers,
                 "restoring_bytes": sum(
-                    t.nbytes for layer in adapter.layers.values() for t in layer.subtracted or ()
+                    t.nbytes
+                    for layer in adapter.layers.values()
+                    for t in (*(layer.subtracted or ()), layer.kept)
+                    if t is not None
                 ),
             },
             "tokens": trainer.tokens,

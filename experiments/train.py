@@ -201,8 +201,9 @@ class Trainer:
             return
         step, tensors, plain = found
         state = unpack(plain, tensors)
-        for name, own in self.adapter.tensors().items():
-            own.copy_(tensors[f"adapter.{name}"])
+        prefix = "adapter."
+        self.adapter.restore({k.removeprefix(prefix): t for k, t in tensors.items()
+                              if k.startswith(prefix)})  # fmt: skip
         initial = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(self.optimizer.param_groups, initial, strict=True):

@@ -157,8 +157,8 @@ def test_slices_of_a_fused_layer(preset: str, tmp_path: Path) -> None:
         ({"preset": "factorized", "rank": 100000}, "no target has a rank above 32"),
         ({"preset": "lora", "alpha": "x"}, "alpha=x: a number, or a multiple of the rank"),
         ({"preset": "lora", "alpha": -1}, "alpha=-1: alpha is a positive number"),
-        ({"preset": "lora", "targets": "nothing"}, "targets=nothing: matches no linear layer"),
-        ({"preset": "lora", "targets": ["q_proj", "typo"]}, "targets=typo: matches no linear"),
+        ({"preset": "lora", "targets": "nothing"}, "targets=nothing: matches no layer"),
+        ({"preset": "lora", "targets": ["q_proj", "typo"]}, "targets=typo: matches no layer"),
         ({"preset": "lora", "dropout": 1.0}, "dropout=1.0: a probability"),
         ({"preset": "full", "init": "pissa"}, "init pissa needs a low-rank form, not full"),
         ({"preset": "full", "scale": "rslora"}, "form full has no scale"),
@@ -233,7 +233,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(variants.Incompatible, match="truncated, or not json"):
         variants.load(llama(), tmp_path)
     settings.write_text(text)
-    with pytest.raises(variants.Incompatible, match="matches no linear layer"):
+    with pytest.raises(variants.Incompatible, match="matches no layer"):
         variants.load(gpt2(), tmp_path)
 
 

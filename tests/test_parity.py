@@ -258,7 +258,7 @@ def test_patterns_are_whole_paths(tmp_path: Path) -> None:
     """Two scales: each layer reads its own, here and in PEFT."""
     adapter = variants.attach(Nested(), "lora", rank=4, alpha=8, targets=["fc"])
     assert list(adapter.layers) == ["blk.fc", "fc"]
-    adapter.layers["fc"].s = 6.0
+    adapter.layers["fc"].full_s = 6.0
     with torch.no_grad():
         for tensor in adapter.parameters():
             tensor += 0.05

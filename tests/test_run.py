@@ -219,7 +219,7 @@ BAD = [
     (["variant=dorra"], "error: variant=dorra: no such variant (did you mean 'dora'?); choices:"),
     (["rank=0"], "error: rank=0: a positive number"),
     (["rank=100000"], "error: rank=100000: "),
-    (["targets=nothing"], "error: targets=nothing: matches no linear layer; roles: all-linear"),
+    (["targets=nothing"], "error: targets=nothing: matches no layer; roles: all-linear"),
     (["task=lm", "task.path=missing"], "error: task.path=missing: no such file or folder"),
     (["optim.lr=abc"], "error: optim.lr=abc: "),
     (["optim.lr=nan"], "error: optim.lr=nan: a positive number"),

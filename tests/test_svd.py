@@ -79,7 +79,7 @@ def test_pissa_by_either_method_is_the_same_part_of_the_weight() -> None:
     starts = [
         variants._registry.find_part("init", "pissa")
         .load(method=method)
-        .start(W, 8, 2.0, torch.Generator().manual_seed(1))
+        .start(W, 8, 2.0, torch.Generator().manual_seed(1), {})
         for method in ("exact", "krylov")
     ]
     torch.testing.assert_close(

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._api import Allocation, Base, Form, Init, Part, Scale, Update, wide
+from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
+from ._calibrate import calibrate
+from ._kinds import kind_of, matrix_of
 from ._layer import (
     Adapted,
     Copied,
     Frozen,
     Fused,
     freeze,
-    kind_of,
     plain,
     refuse_adapted,
     replace,
     stand_ins,
 )
 from ._registry import AXES, Incompatible, find_part, find_preset, unknown
-from ._targets import Site, all_linear, linear_layers, resolve
+from ._targets import Site, all_layers, all_linear, resolve
 
 Targets = str | Sequence[str]
 
@@ -54,9 +55,15 @@ class Choice:
         """{axis: {"name": part, **settings}}, the form that `attach` and files take."""
         return {axis: {"name": p.name, **asdict(p)} for axis, p in self.parts.items()}  # type: ignore[call-overload]
 
-    def s(self, r: int) -> float:
-        """The scale of a matrix of rank r."""
-        return self.scale.value(1.0 if self.alpha is None else self.alpha, r)
+    def s(self, r: int, alpha: float | None = None) -> float:
+        """The scale of a matrix of rank r, with another alpha if there is one."""
+        alpha = self.alpha if alpha is None else alpha
+        return self.scale.value(1.0 if alpha is None else alpha, r)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """The tensors of p that never train: constants, and what init or update leave alone."""
+        return (*self.form.constants, *self.init.frozen, *self.update.frozen)
 
 
 def choose(
@@ -75,10 +82,13 @@ def choose(
         given = axes.get(axis)
         parts[axis] = _part(axis, info.axes[axis] if given is None else given)
     form: Form = parts["form"]
-    parts["init"].fits(form)
-    parts["allocation"].fits(form)
     if not form.scaled and parts["scale"].name != "none":
         raise Incompatible(f"form {form.name} has no scale: it needs scale none")
+    for part in (parts["allocation"], parts["update"]):
+        if part.moves_base and parts["base"].lossy:
+            raise part.refuse(parts["base"], "a base that takes any number, as it moves it")
+        if part.moves_base and not form.low_rank:
+            raise part.refuse(form, "a low-rank form")
     notes = []
     if form.rank_means is None:
         if rank is not None:
@@ -92,7 +102,17 @@ def choose(
         alpha = None
     else:
         alpha = _alpha(info.alpha if alpha is None else alpha, rank, preset)
-    return Choice(preset, rank=rank, alpha=alpha, notes=tuple(notes), **parts)
+    choice = Choice(preset, rank=rank, alpha=alpha, notes=tuple(notes), **parts)
+    for part in parts.values():
+        part.fits(choice)
+    names = set(form.shapes(8, 8, 1)) | set(form.shared_shapes(8, 8, 1))
+    for part in (parts["init"], parts["update"]):
+        missing = [name for name in part.frozen if name not in names]
+        if missing:
+            raise part.refuse(form, f"a form with a tensor {missing[0]} to leave untrained")
+    if names and names <= set(choice.untrained):
+        raise Incompatible(f"{parts['init']} and {parts['update']} leave nothing to train")
+    return choice
 
 
 def _part(axis: str, given: Any) -> Part:
@@ -136,29 +156,104 @@ class Planned:
     site: Site
     shape: tuple[int, int]
     rank: int
-    tensors: dict[str, tuple[int, ...]]
+    s: float
+    tensors: dict[str, tuple[int, ...]]  # the form's, without those that layers share
+    key: str = ""  # of the shared tensors
+    untrained: tuple[str, ...] = ()
 
     @property
     def trained(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.tensors.values())
+        """Trained numbers of this matrix alone."""
+        own = (shape for k, shape in self.tensors.items() if k not in self.untrained)
+        return sum(torch.Size(shape).numel() for shape in own)
 
 
-def plan(model: nn.Module, choice: Choice, targets: Targets = "all-linear") -> list[Planned]:
+def planned_item(
+    choice: Choice, site: Site, shape: tuple[int, int], rank: int, s: float
+) -> Planned:
+    """The plan of one matrix."""
+    m, n = shape
+    form = choice.form
+    key = form.key(m, n, rank) if form.shared else ""
+    return Planned(site, shape, rank, s, form.shapes(m, n, rank), key, choice.untrained)
+
+
+def plan(
+    model: nn.Module,
+    choice: Choice,
+    targets: Targets | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> list[Planned]:
     """What `attach` would build. Looks at shapes only, so a model on the meta device will do."""
     refuse_adapted(model)
-    layers, planned, largest = linear_layers(model), [], 0
-    for site in resolve(model, targets):  # type: ignore[arg-type]
-        module = layers[site.path]
-        m, n = kind_of(module).matrix(module).shape
+    layers, planned, largest = all_layers(model), [], 0
+    if targets is None:
+        targets = find_preset(choice.preset).targets
+    sites = [
+        site
+        for site in resolve(model, targets)
+        if choice.form.applies(kind_of(layers[site.path]), _has_bias(layers[site.path]))
+    ]
+    if not sites:
+        raise Incompatible(f"form {choice.form.name}: no layer of targets={targets} can take it: "
+                           f"{' '.join((choice.form.__doc__ or '').split())}")  # fmt: skip
+    ranks = _by_site(model, "rank_pattern", rank_pattern, sites)
+    alphas = _by_site(model, "alpha_pattern", alpha_pattern, sites)
+    for name, value in (("rank_pattern", ranks and choice.rank),
+                        ("alpha_pattern", alphas and choice.alpha)):  # fmt: skip
+        if value is None and (ranks if name == "rank_pattern" else alphas):
+            raise Incompatible(f"{name}: preset {choice.preset} has no {name.partition('_')[0]}")
+    for site in sites:
+        m, n = matrix_of(layers[site.path]).shape
         m = m if site.rows is None else site.rows[1] - site.rows[0]
-        rank = choice.form.rank_of(m, n, choice.rank or 0, site.name)
+        asked = _whole_rank(ranks[site.name], site.name) if site.name in ranks else choice.rank or 0
+        rank = choice.form.rank_of(m, n, asked, site.name)
         largest = max(largest, min(m, n))
-        planned.append(Planned(site, (m, n), rank, choice.form.shapes(m, n, rank)))
-    if choice.rank is not None and choice.rank > largest:
+        alpha = alphas.get(site.name)
+        s = choice.s(rank, None if alpha is None else _alpha(alpha, rank, choice.preset))
+        planned.append(planned_item(choice, site, (m, n), rank, s))
+    if choice.rank is not None and choice.form.rank_is_bounded and choice.rank > largest:
         raise Incompatible(
             f"rank={choice.rank}: no target has a rank above {largest}; choose {largest} or less"
         )
     return planned
+
+
+def shared_shapes(choice: Choice, planned: Sequence[Planned]) -> dict[str, tuple[int, int, int]]:
+    """The (m, n, r) of each key of shared tensors: the largest of its layers."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for item in planned if choice.form.shared else ():
+        m, n, r = found.get(item.key, (0, 0, 0))
+        found[item.key] = max(m, item.shape[0]), max(n, item.shape[1]), max(r, item.rank)
+    return found
+
+
+def count_trained(choice: Choice, planned: Sequence[Planned]) -> int:
+    """Trained numbers of the whole plan, what layers share counted once."""
+    total = sum(item.trained for item in planned)
+    for m, n, r in shared_shapes(choice, planned).values():
+        shapes = choice.form.shared_shapes(m, n, r)
+        total += sum(torch.Size(s).numel() for k, s in shapes.items() if k not in choice.untrained)
+    return total
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return getattr(module, "bias", None) is not None
+
+
+def _by_site(
+    model: nn.Module, what: str, pattern: Mapping[str, Any] | None, sites: Sequence[Site]
+) -> dict[str, Any]:
+    """{site: value} of a pattern {role or name: value}; a later key wins over an earlier one."""
+    found = {}
+    own = {site.name for site in sites}
+    for word, value in (pattern or {}).items():
+        hit = {s.name for s in resolve(model, [word])} & own
+        if not hit:
+            raise Incompatible(f"{what}={word}: matches no layer that targets name")
+        found |= dict.fromkeys(hit, value)
+    return found
 
 
 @dataclass(repr=False)
@@ -168,6 +263,7 @@ class Adapter:
     model: nn.Module
     choice: Choice
     layers: dict[str, Adapted]
+    shared: dict[str, nn.ParameterDict]  # what layers hold together, by key
     sites: dict[str, Site]
     fingerprints: dict[str, str]
     targets: Targets
@@ -191,11 +287,11 @@ class Adapter:
     @property
     def num_trainable(self) -> int:
         """Trained numbers of the adapter; modules trained in full (a new head) are not counted."""
-        return sum(t.numel() for layer in self.layers.values() for t in layer.trained)
+        return sum(t.numel() for t in trained(self.layers))
 
     def parameters(self) -> list[Tensor]:
         """Every tensor that trains, modules trained in full included."""
-        tensors: list[Tensor] = [t for layer in self.layers.values() for t in layer.trained]
+        tensors = trained(self.layers)
         for module in self.saved_modules.values():
             tensors += module.copy.parameters()
         return tensors
@@ -268,12 +364,33 @@ class Adapter:
         """Every tensor of the adapter by name, as saved: trained, constant and subtracted."""
         found: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            found |= {f"{name}.{k}": t for k, t in layer.p.items()}
+            found |= {
+                f"{name}.{k}": t
+                for k, t in layer.params.items()
+                if k not in self.choice.form.shared
+            }
+            if layer.kept is not None:
+                found[f"{name}.moved.W0"] = layer.W0
             for k, t in zip("AB", layer.subtracted or (), strict=False):
                 found[f"{name}.subtracted.{k}"] = t
+        for key, tensors in self.shared.items():
+            redrawn = self.choice.form.redrawn
+            found |= {f"shared.{key}.{k}": t for k, t in tensors.items() if k not in redrawn}
         for name, module in self.saved_modules.items():
             found |= {f"modules.{name}.{k}": t for k, t in module.copy.state_dict().items()}
         return {k: t.detach() for k, t in found.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the numbers of `tensors()` of this adapter at another time."""
+        for name, layer in self.layers.items():
+            if f"{name}.moved.W0" in tensors:
+                W0 = layer.W0
+                layer.move_to(tensors[f"{name}.moved.W0"].to(W0))
+        for name, own in self.tensors().items():
+            if name not in tensors:
+                raise Incompatible(f"the saved adapter has no tensor {name!r}")
+            own.copy_(tensors[name])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -300,6 +417,8 @@ class Adapter:
             if isinstance(part, Frozen):
                 return part.stored.dense()
             W = part.weight  # type: ignore[union-attr]
+            if W is part.W0:  # type: ignore[union-attr]
+                return W
             rounded = W.to(part.W0.dtype)  # type: ignore[union-attr]
             error = (torch.linalg.norm(rounded.to(W.dtype) - W) / torch.linalg.norm(W)).item()
             self.merge_error = max(self.merge_error, error)
@@ -322,7 +441,7 @@ class Adapter:
     def _leave(self, matrix: Any, saved: str) -> nn.Module:
         self._refuse_ended()
         for path, layer in list(stand_ins(self.model)):
-            replace(self.model, path, plain(layer, matrix))
+            replace(self.model, path, plain(layer, matrix, own_bias=saved == "copy"))
         for path, module in self.saved_modules.items():
             narrow, error = module.narrowed() if saved == "copy" else (module.original, 0.0)
             self.merge_error = max(self.merge_error, error)
@@ -357,11 +476,13 @@ def attach(
     *,
     rank: int | None = None,
     alpha: float | str | None = None,
-    targets: Targets = "all-linear",
+    targets: Targets | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    calibration: Any = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     modules_to_save: Sequence[str] = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     **axes: Any,
 ) -> Adapter:
     """Puts a variant into `model` and freezes the rest.
@@ -369,11 +490,14 @@ def attach(
     Args:
         preset: a name of `variants.names()`.
         rank, alpha: None takes the preset's default. alpha may be a multiple of the rank, "2r".
-        targets: roles (`all-linear`, `attention`, `mlp`, `q`, ...) or names of layers.
+        targets: roles (`all-linear`, `attention`, `mlp`, `q`, ..., `embeddings`, `norms`,
+            `convolutions`) or names of layers; None takes the preset's, `all-linear` for most.
         dropout: probability on the adapter's input: y = W0 x + (W - W0) dropout(x).
         seed: of the initial tensors; each layer draws from its own generator.
-        calibration: batches for an init that measures the model (`needs` in its file).
+        calibration: batches, each passed as `model(**batch)`, for a part that measures the model
+            (`needs` in its file); with labels in them where it needs gradients.
         modules_to_save: names of modules to train in full beside the adapter (a new head).
+        rank_pattern, alpha_pattern: {role or name of a layer: its own rank or alpha}.
         axes: another part on an axis: `init="pissa"`, or a mapping with settings.
 
     Raises:
@@ -381,20 +505,26 @@ def attach(
     """
     choice = choose(preset, rank, alpha, **axes)
     notes = list(choice.notes)
-    if calibration is not None and not choice.init.needs:
-        notes.append(f"calibration batches have no use: init {choice.init.name} needs none")
+    if calibration is not None and not needs(choice):
+        notes.append("calibration batches have no use: no part of this variant needs any")
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return build(
         model,
         choice,
-        plan(model, choice, targets),
-        targets=targets,
+        plan(model, choice, targets, rank_pattern, alpha_pattern),
+        targets=find_preset(preset).targets if targets is None else targets,
         dropout=dropout,
         seed=seed,
+        calibration=calibration,
         modules_to_save=tuple(modules_to_save),
         notes=notes,
     )
+
+
+def needs(choice: Choice) -> tuple[str, ...]:
+    """The statistics of calibration batches that the variant asks for."""
+    return tuple(dict.fromkeys((*choice.init.needs, *choice.allocation.needs)))
 
 
 def build(
@@ -407,7 +537,7 @@ def build(
     seed: int,
     modules_to_save: tuple[str, ...] = (),
     notes: Sequence[str] = (),
-    scales: Mapping[str, float] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Builds the planned layers; with `tensors` (of a saved adapter) no init runs."""
@@ -420,6 +550,17 @@ def build(
     for path in copied:
         _check_copied(model, path, [item.site.path for item in planned], tensors)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
+    found: Mapping[str, Tensors] = {}
+    if tensors is None and needs(choice):
+        if calibration is None:
+            raise Incompatible(_no_calibration(choice))
+        found, scores = calibrate(model, choice, planned, calibration)
+        planned = _reranked(choice, planned, scores)
+    if dropout:
+        for item in planned:
+            if not kind_of(model.get_submodule(item.site.path)).drops:
+                raise Incompatible(f"dropout={dropout}: the input of {item.site.name} is no "
+                                   f"vector of numbers to drop from")  # fmt: skip
     body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
     by_path: dict[str, list[Planned]] = {}
     for item in planned:
@@ -429,15 +570,17 @@ def build(
     prints: dict[str, str] = {}
     new: dict[str, nn.Module] = {}
     with torch.no_grad():
-        for path, module in linear_layers(model).items():
+        shared = _shared(model, choice, planned, seed, tensors)
+        for path, module in all_layers(model).items():
             base = choice.base if path in body else dense
             if path in by_path:
                 made = {}
                 for item in by_path[path]:
                     name = item.site.name
                     prints[name] = fingerprint(_matrix(module, item.site))
-                    s = choice.s(item.rank) if scales is None else scales[name]
-                    layer = _layer(module, item, choice, base, s, dropout, seed, tensors)
+                    own = found.get(name, {})
+                    common = shared.get(item.key, {})
+                    layer = _layer(module, item, choice, base, dropout, seed, own, common, tensors)
                     made[item.site], layers[name] = layer, layer
                 new[path] = _fuse(module, made, base)
             elif choice.base.name != dense.name and path in body:
@@ -448,8 +591,60 @@ def build(
     saved = {path: _copy(model, path, tensors) for path in copied}
     sites = {item.site.name: item.site for item in planned}
     return Adapter(
-        model, choice, layers, sites, prints, targets, dropout, seed, saved, before, list(notes)
+        model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
+        list(notes),
+    )  # fmt: skip
+
+
+def _no_calibration(choice: Choice) -> str:
+    part = choice.init if choice.init.needs else choice.allocation
+    return (
+        f"{part} needs calibration batches, for the {' and the '.join(part.needs)} of each layer: "
+        f"give attach(..., calibration=[...])"
     )
+
+
+def _reranked(
+    choice: Choice, planned: list[Planned], scores: Mapping[str, Tensors]
+) -> list[Planned]:
+    """The plan with the ranks that a static allocation gives; a layer of rank 0 drops out."""
+    ranks = choice.allocation.static(planned, scores)
+    found = []
+    for item in planned:
+        r = ranks.get(item.site.name, item.rank)
+        if r == item.rank:
+            found.append(item)
+        elif r > 0:
+            s = item.s if choice.allocation.keeps_scale else choice.s(r)
+            found.append(planned_item(choice, item.site, item.shape, r, s))
+    return found
+
+
+def _shared(
+    model: nn.Module,
+    choice: Choice,
+    planned: Sequence[Planned],
+    seed: int,
+    tensors: Mapping[str, Tensor] | None,
+) -> dict[str, nn.ParameterDict]:
+    """What layers hold together: drawn from the seed, or read; one copy of each."""
+    found = {}
+    for key, (m, n, r) in shared_shapes(choice, planned).items():
+        first = next(item for item in planned if item.key == key)
+        W = model.get_submodule(first.site.path).weight
+        like = torch.empty(0, dtype=wide(W.dtype), device=W.device)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(_seed_of(seed, f"shared {key}"))
+        p = dict(choice.form.start_shared(m, n, r, generator, like))
+        for k in p:
+            if tensors is not None and k not in choice.form.redrawn:
+                saved = tensors.get(f"shared.{key}.{k}")
+                if saved is None or saved.shape != p[k].shape:
+                    raise Incompatible(f"the saved adapter has no fitting tensor shared.{key}.{k}")
+                p[k] = saved.to(p[k], copy=True)
+        found[key] = nn.ParameterDict(
+            {k: nn.Parameter(v, requires_grad=k not in choice.untrained) for k, v in p.items()}
+        )
+    return found
 
 
 def _layer(
@@ -457,19 +652,20 @@ def _layer(
     item: Planned,
     choice: Choice,
     base: Base,
-    s: float,
     dropout: float,
     seed: int,
+    found: Tensors,
+    shared: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor] | None,
 ) -> Adapted:
     """One adapted matrix: start, move the base, store it, embed the factors."""
-    name, rows = item.site.name, item.site.rows
+    name, rows, s = item.site.name, item.site.rows, item.s
     W = _matrix(module, item.site)
     W0 = W.detach().to(wide(W.dtype))
     generator = torch.Generator().manual_seed(_seed_of(seed, name))
     start = subtracted = None
     if tensors is None:
-        start = choice.init.start(W0, item.rank, s, generator)
+        start = choice.init.start(W0, item.rank, s, generator, found)
         if start is not None and start.subtract is not None:
             A0, B0 = start.subtract
             subtracted = (A0.clone(), s * B0)
@@ -480,8 +676,10 @@ def _layer(
         W = (W0 - subtracted[1] @ subtracted[0]).to(W.dtype)
     frozen = freeze(module, base, rows, W)
     if tensors is not None:
-        own = {k: tensors.get(f"{name}.{k}") for k in (*item.tensors, *choice.form.constants)}
-        p = {k: t.to(W0, copy=True) for k, t in own.items() if t is not None}
+        form = choice.form
+        own = {k: tensors.get(f"{name}.{k}") for k in (*item.tensors, *form.constants)}
+        p = {k: t.to(W0, copy=True) if t.is_floating_point() else t.to(W0.device, copy=True)
+             for k, t in own.items() if t is not None}  # fmt: skip
         _check(name, p, item.tensors)
     else:
         stored = frozen.stored.dense().to(W0.dtype)
@@ -489,9 +687,19 @@ def _layer(
             p = dict(choice.form.start(stored, item.rank, s, generator))
         else:
             p = dict(choice.form.embed(stored, start.A, start.B, s))  # type: ignore[attr-defined]
-    return Adapted(
-        frozen, choice.form, p, rank=item.rank, s=s, dropout=dropout, subtracted=subtracted
+    layer = Adapted(
+        frozen,
+        choice.form,
+        p | dict(shared),
+        untrained=choice.untrained,
+        rank=item.rank,
+        s=s,
+        dropout=dropout,
+        subtracted=subtracted,
     )
+    if tensors is not None and f"{name}.moved.W0" in tensors:
+        layer.move_to(tensors[f"{name}.moved.W0"].to(W.device, W.dtype))
+    return layer
 
 
 def _check(name: str, p: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -505,7 +713,7 @@ def _check(name: str, p: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
 
 
 def _matrix(module: nn.Module, site: Site) -> Tensor:
-    W = kind_of(module).matrix(module)
+    W = matrix_of(module)
     return W if site.rows is None else W[slice(*site.rows)]
 
 
@@ -514,13 +722,18 @@ def _fuse(module: nn.Module, made: dict[Site, Adapted], base: Base) -> nn.Module
     first = next(iter(made))
     if first.rows is None:
         return made[first]
-    size = first.rows[1] - first.rows[0]
-    by_start = {site.rows[0]: (site.role, layer) for site, layer in made.items() if site.rows}
+    by_start = {site.rows[0]: (site, layer) for site, layer in made.items() if site.rows}
     slices: dict[str, nn.Module] = {}
-    for begin in range(0, kind_of(module).matrix(module).shape[0], size):
-        role, layer = by_start.get(begin, (None, None))
-        slices[role or f"frozen_{begin}"] = layer or freeze(module, base, (begin, begin + size))
-    return Fused(slices, kind_of(module))
+    begin, end = 0, matrix_of(module).shape[0]
+    while begin < end:
+        if begin in by_start:
+            site, layer = by_start[begin]
+            slices[site.role], begin = layer, site.rows[1]  # type: ignore[index]
+        else:
+            after = min((start for start in by_start if start > begin), default=end)
+            slices[f"frozen_{begin}"] = freeze(module, base, (begin, after))
+            begin = after
+    return Fused(slices, kind_of(module)(module))
 
 
 def _find_module(model: nn.Module, name: str) -> str:

@@ -21,6 +21,7 @@ from ._product import frozen_product
 from ._registry import Incompatible
 
 if TYPE_CHECKING:
+    from ._adapter import Choice, Planned
     from ._layer import Adapted
 
 Tensors = Mapping[str, Any]  # of tensors; an nn.ParameterDict is one in all but its type
@@ -37,40 +38,70 @@ class Part:
         if name is not None:
             cls.name = name
 
+    def fits(self, choice: "Choice") -> None:
+        """Raises `Incompatible`, naming both, where another part of the choice is no match."""
+
     def __str__(self) -> str:
         return f"{self.axis} {self.name}"
 
+    def refuse(self, other: "Part", needs: str) -> Incompatible:
+        """The error for a pair that cannot be joined: "init pissa needs ..., not form hira"."""
+        return Incompatible(f"{self} needs {needs}, not {other.name}")
+
 
 class Form(Part):
-    """What is W, given W0 and the trained tensors p?"""
+    """What is W, given W0 and the trained tensors p?
+
+    `weight` is the paper's equation and all that a form must have beside `shapes` and `start`.
+    Where W = W0 + s B A, `factors` gives a fast product; else `forward` may be overridden.
+    """
 
     axis = "form"
     rank_means: ClassVar[str | None] = "r, the number of directions of every adapted matrix"
     parameters: ClassVar[str] = ""  # trained numbers in one [m, n] matrix, as Python of r, m, n
+    shared_parameters: ClassVar[str] = "0"  # trained numbers in one shared copy, likewise
     constants: ClassVar[tuple[str, ...]] = ()  # tensors of p that are kept and never trained
+    shared: ClassVar[tuple[str, ...]] = ()  # tensors of p that layers of one `key` hold together
+    redrawn: ClassVar[tuple[str, ...]] = ()  # shared constants made from the seed, so not saved
     low_rank: ClassVar[bool] = False  # has factors: an init may give A and B
     scaled: ClassVar[bool] = True  # s enters its equation
     starts_at_base: ClassVar[bool] = True  # weight(W0, start(W0), s) == W0
+    rank_is_bounded: ClassVar[bool] = True  # by the largest matrix
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        """The trained tensors of one matrix, by name. Computes nothing: used on any device."""
+        """The trained tensors of one matrix, by name; shared ones are in `shared_shapes`."""
         raise NotImplementedError  # abstract
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        """Where p begins when the init axis leaves it to the form."""
+        """Where p begins when the init axis leaves it to the form; constants included."""
         raise NotImplementedError  # abstract
 
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        """The paper's equation. Everything else is held to it."""
+        """The paper's equation. Everything else is held to it. It must not change W0 or p."""
         raise NotImplementedError  # abstract
 
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
+        """(A [r, n], B [m, r]) where W = W0 + s B A, else None."""
+        return None
+
     def forward(self, x: Tensor, layer: "Adapted") -> Tensor:
-        """y = W0 x + (W - W0) dropout(x), by way of the dense W. Override only to be faster."""
+        """y = W0 x + (W - W0) dropout(x), by the factors or the dense W. For `linear` kinds."""
+        factors = self.factors(layer.p)
+        if factors is not None:
+            return layer.frozen(x) + layer.low_rank(x, *factors)
         W0 = layer.W0
-        W = self.weight(W0, layer.p, layer.s)  # type: ignore[arg-type]
+        W = self.weight(W0, layer.p, layer.s)
         if not layer.drops:
             return F.linear(x, W.to(x.dtype), layer.bias_like(x))
         return layer.frozen(x) + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
+
+    def bias(self, b0: Tensor | None, p: Tensors) -> Tensor | None:
+        """The layer's bias [m]; only a form that changes it says more."""
+        return b0
+
+    def applies(self, kind: Any, has_bias: bool) -> bool:
+        """Whether a layer of this kind can take the form; layers that cannot are left out."""
+        return kind.matrices
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
         """The rank of one matrix; one that the matrix cannot have is refused."""
@@ -80,6 +111,20 @@ class Form(Part):
                 f"choose a smaller rank or leave the layer out of targets"
             )
         return r
+
+    def key(self, m: int, n: int, r: int) -> str:
+        """Layers of one key hold one copy of the `shared` tensors."""
+        return f"{m}x{n}-r{r}"
+
+    def shared_shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        """The trained ones among the shared tensors; m, n: the largest of the layers of a key."""
+        return {}
+
+    def start_shared(
+        self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
+    ) -> Tensors:
+        """The shared tensors of one key, on the device and in the dtype of `like`."""
+        return {}
 
 
 class LowRank(Form):
@@ -109,19 +154,41 @@ class Start:
     subtract: tuple[Tensor, Tensor] | None = None
 
 
-class Init(Part):
+class Measuring(Part):
+    """A part that may look at calibration batches before training begins.
+
+    Statistics of a matrix W [m, n] by name: `covariance` [n, n], the mean of x x^T over the tokens
+    that reach the layer; `gradient` [m, n], the mean over the batches of the loss's gradient.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()  # of `covariance`, `gradient`
+
+    def reduce(self, W0: Tensor, found: Tensors, r: int) -> Tensors:
+        """What is kept of one layer's statistics, for `r` directions; small where it can be."""
+        return found
+
+
+class Init(Measuring):
     """Where do p and W0 begin?"""
 
     axis = "init"
-    needs: ClassVar[tuple[str, ...]] = ()  # statistics of a calibration batch
     moves_base: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True  # the model's outputs are the base's before step 1
+    frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this start leaves untrained
 
-    def fits(self, form: Form) -> None:
-        """Raises `Incompatible`, naming both, where the form has no place for this start."""
+    def start(
+        self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
+    ) -> Start | None:
+        """The factors for W0 (fp32 or wider), or None: the form's own start.
 
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Start | None:
-        """The factors for W0 (fp32 or wider), or None: the form's own start."""
+        `found` is what `reduce` kept of this matrix; empty without `needs`.
+        """
         raise NotImplementedError  # abstract
+
+    def fits(self, choice: "Choice") -> None:
+        """An init gives factors, so it needs a form with a place for them."""
+        if not choice.form.low_rank:
+            raise self.refuse(choice.form, "a low-rank form")
 
 
 class Scale(Part):
@@ -135,7 +202,7 @@ class Scale(Part):
         raise NotImplementedError  # abstract
 
 
-class Allocation(Part):
+class Allocation(Measuring):
     """How many directions does each layer get, and when does that change?
 
     `state` is made by `begin` and holds tensors and numbers only: it goes into the checkpoint.
@@ -144,9 +211,16 @@ class Allocation(Part):
     axis = "allocation"
     scheduled: ClassVar[bool] = False  # changes during the run, so it must know the run's length
     penalized: ClassVar[bool] = False  # adds a term to the training loss
+    moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
+    keeps_scale: ClassVar[bool] = (
+        False  # s stays that of the rank asked for, whatever `static` says
+    )
 
-    def fits(self, form: Form) -> None:
-        """Raises `Incompatible`, naming both, where the form lacks what this changes."""
+    def static(
+        self, planned: "Sequence[Planned]", found: Mapping[str, Tensors]
+    ) -> Mapping[str, int]:
+        """The rank of each layer before training, by name; layers left out keep theirs."""
+        return {}
 
     def begin(self, layers: Mapping[str, "Adapted"], steps: int) -> dict[str, Any]:
         """The state before the first step of a run of `steps` optimizer steps."""
@@ -176,11 +250,17 @@ class Update(Part):
     """Which tensors learn, how fast, with which gradient?"""
 
     axis = "update"
+    frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this rule leaves untrained
+    moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
 
     def optimizer(
         self, layers: Mapping[str, "Adapted"], others: Sequence[Tensor], lr: float, **settings: Any
     ) -> torch.optim.Optimizer:
-        """An optimizer over each trained tensor once; `others` are modules trained in full."""
+        """An optimizer over each trained tensor once; `others` are modules trained in full.
+
+        `trained(layers)` lists the tensors. `settings` are AdamW's: weight_decay, betas and, where
+        the caller asks, eps, foreach. `layer.params["A"]` and `["B"]` are a layer's factors.
+        """
         raise NotImplementedError  # abstract
 
 
@@ -210,10 +290,19 @@ class Stored(torch.nn.Module):
         """x [..., n] -> x W^T + bias [..., m], keeping for backward nothing but the storage."""
         return frozen_product(x, self.dense, bias)
 
+    def set(self, W: Tensor) -> None:
+        """Stores another matrix in place of this one, where the storage can take any number."""
+        raise Incompatible("a coded base takes no other numbers than its codes")
+
     @property
     def bits(self) -> int:
         """What the storage holds, in bits, all its tensors counted."""
         return 8 * sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
+
+
+def trained(layers: "Mapping[str, Adapted]") -> list[Tensor]:
+    """The trained tensors of the layers, each once, shared ones where they first occur."""
+    return list({id(t): t for layer in layers.values() for t in layer.trained}.values())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

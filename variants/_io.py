@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter, Planned, build, choose
-from ._layer import kind_of
+from ._adapter import Adapter, build, choose, planned_item
+from ._kinds import matrix_of
 from ._registry import Incompatible
-from ._targets import Site, linear_layers, resolve
+from ._targets import Site, all_layers, resolve
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -87,7 +87,7 @@ def save(adapter: Adapter, path: Path) -> Path:
                 "role": site.role,
                 "rows": site.rows,
                 "rank": adapter.layers[name].rank,
-                "s": adapter.layers[name].s,
+                "s": adapter.layers[name].full_s,
                 "base": adapter.fingerprints[name],
             }
             for name, site in adapter.sites.items()
@@ -112,17 +112,15 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
         raise Incompatible(f"{path}: format {settings.get('format')}, this code reads {FORMAT}")
     tensors = read_tensors(path / WEIGHTS)
     choice = choose(settings["preset"], settings["rank"], settings["alpha"], **settings["axes"])
-    layers, planned = linear_layers(model), []
+    layers, planned = all_layers(model), []
     for saved in settings["sites"].values():
         if saved["path"] not in layers:
             resolve(model, [saved["path"]])  # names what the model has instead
         rows = None if saved["rows"] is None else (saved["rows"][0], saved["rows"][1])
-        module = layers[saved["path"]]
-        m, n = kind_of(module).matrix(module).shape
+        m, n = matrix_of(layers[saved["path"]]).shape
         m = m if rows is None else rows[1] - rows[0]
-        shapes = choice.form.shapes(m, n, saved["rank"])
         site = Site(saved["path"], saved["role"], rows)
-        planned.append(Planned(site, (m, n), saved["rank"], shapes))
+        planned.append(planned_item(choice, site, (m, n), saved["rank"], saved["s"]))
     adapter = build(
         model,
         choice,
@@ -131,7 +129,6 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
         dropout=settings["dropout"],
         seed=settings["seed"],
         modules_to_save=tuple(settings["modules_to_save"]),
-        scales={name: saved["s"] for name, saved in settings["sites"].items()},
         tensors=tensors,
     )
     other = [
@@ -143,6 +140,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
             f"the first is {other[0]}",
             stacklevel=2,
         )
-    for tensor in adapter.parameters():
-        tensor.requires_grad_(trainable)
+    if not trainable:
+        for tensor in adapter.parameters():
+            tensor.requires_grad_(False)
     return adapter

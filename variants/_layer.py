@@ -1,71 +1,19 @@
 """The layers that stand in a model in place of its own: frozen, adapted, fused of both.
 
-This is the one place that knows kinds of layers. Each kind shows its weight as a matrix W [m, n]
-with y = x W^T + bias; forms, inits and bases see that matrix and nothing else.
+What kind of layer it was is `_kinds.py`'s to know; here a layer is a matrix W [m, n] and a bias.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ._api import Base, Form, Stored, wide
+from ._api import Base, Form, Stored, Tensors, wide
+from ._kinds import Kind, kind_of
 from ._product import draw_seed, dropout, low_rank
 from ._registry import Incompatible
-
-
-class LinearKind:
-    """`nn.Linear`: stored as [m, n]."""
-
-    @staticmethod
-    def owns(module: nn.Module) -> bool:
-        return type(module) is nn.Linear
-
-    @staticmethod
-    def matrix(module: Any) -> Tensor:
-        return module.weight
-
-    @staticmethod
-    def plain(W: Tensor, bias: Tensor | None) -> nn.Module:
-        with torch.device("meta"):
-            module = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, dtype=W.dtype)
-        module.weight = nn.Parameter(W, requires_grad=False)
-        module.register_parameter("bias", bias)  # type: ignore[arg-type]
-        return module
-
-
-class Conv1DKind:
-    """transformers' `Conv1D` (GPT-2): stored transposed, as [n, m]."""
-
-    @staticmethod
-    def owns(module: nn.Module) -> bool:
-        cls = type(module)
-        return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
-
-    @staticmethod
-    def matrix(module: Any) -> Tensor:
-        return module.weight.t()
-
-    @staticmethod
-    def plain(W: Tensor, bias: Tensor | None) -> nn.Module:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            module = Conv1D(*W.shape)
-        module.weight = nn.Parameter(W.t().contiguous(), requires_grad=False)
-        module.register_parameter("bias", bias)  # type: ignore[arg-type]
-        return module
-
-
-KINDS = (LinearKind, Conv1DKind)
-
-
-def kind_of(module: nn.Module) -> Any:
-    """The kind that owns the module, or None."""
-    return next((kind for kind in KINDS if kind.owns(module)), None)
 
 
 class Frozen(nn.Module):
@@ -73,7 +21,7 @@ class Frozen(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, stored: Stored, bias: Tensor | None, kind: Any) -> None:
+    def __init__(self, stored: Stored, bias: Tensor | None, kind: Kind) -> None:
         super().__init__()
         self.stored, self.kind = stored, kind
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
@@ -85,42 +33,69 @@ class Frozen(nn.Module):
         return self.stored.dense()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.stored.product(x, self.bias)
+        if self.kind.linear:
+            return self.stored.product(x, self.bias)
+        return self.kind.product(x, self.stored.dense(), self.bias)
 
 
 class Adapted(nn.Module):
     """A frozen layer and what learns beside it.
 
-    `p` holds the trained tensors, in fp32 or wider whatever the model's dtype; products run in
-    the dtype of x. `subtracted` is the pair of factors that an init took out of the base.
+    `params` holds the form's tensors (those that several layers share are the same objects), in
+    fp32 or wider whatever the model's dtype; products run in the dtype of x. `subtracted` is the
+    pair of factors that an init took out of the base, `kept` the original where the base moves.
     """
 
     subtracted_A: Tensor | None
     subtracted_B: Tensor | None
+    kept: Tensor | None
     _row_squares: Tensor | None
 
     def __init__(
         self,
         frozen: Frozen,
         form: Form,
-        p: dict[str, Tensor],
+        p: Mapping[str, Tensor],
         *,
+        untrained: tuple[str, ...],
         rank: int,
         s: float,
         dropout: float,
         subtracted: tuple[Tensor, Tensor] | None,
     ) -> None:
         super().__init__()
-        self.frozen, self.form = frozen, form
-        self.p = nn.ParameterDict(
-            {k: nn.Parameter(v, requires_grad=k not in form.constants) for k, v in p.items()}
-        )
-        self.rank, self.s, self.p_drop = rank, s, dropout
+        self.frozen, self.form, self.untrained = frozen, form, untrained
+        self.params = nn.ParameterDict(
+            {
+                k: v if isinstance(v, nn.Parameter)
+                else nn.Parameter(v, requires_grad=k not in untrained)
+                for k, v in p.items()
+            }
+        )  # fmt: skip
+        self.rank, self.full_s, self.p_drop = rank, s, dropout
         self.out_features, self.in_features = frozen.out_features, frozen.in_features
         self.enabled = True
+        # an allocation's (p as it is seen, factor of s) in training, such as the first b directions
+        self.seen: tuple[Callable[[Tensors], Tensors], float] | None = None
         for name, factor in zip("AB", subtracted or (None, None), strict=True):
             self.register_buffer(f"subtracted_{name}", factor)
+        self.register_buffer("kept", None)
         self.register_buffer("_row_squares", None, persistent=False)
+
+    @property
+    def p(self) -> Tensors:
+        """The tensors of the equation now."""
+        p: Tensors = self.params  # type: ignore[assignment]
+        return self.seen[0](p) if self.seen is not None and self.training else p
+
+    @property
+    def s(self) -> float:
+        """The scale of the equation now."""
+        return self.full_s * (self.seen[1] if self.seen is not None and self.training else 1.0)
+
+    @property
+    def kind(self) -> Kind:
+        return self.frozen.kind
 
     @property
     def W0(self) -> Tensor:
@@ -130,16 +105,28 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The adapted matrix [m, n], dense, by the form's equation."""
-        return self.form.weight(self.W0, self.p, self.s)  # type: ignore[arg-type]
+        return self.form.weight(self.W0, self.p, self.s)
 
     @property
     def trained(self) -> list[Tensor]:
-        """The tensors of p that learn."""
-        return [t for k, t in self.p.items() if k not in self.form.constants]
+        """The tensors of the form that learn, shared ones included."""
+        return [t for k, t in self.params.items() if k not in self.untrained]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.frozen.bias
+        """The bias [m], as the form has it."""
+        return self.form.bias(self.frozen.bias, self.p)
+
+    def move(self, change: Tensor) -> None:
+        """Adds `change` [m, n] to the frozen weight for good; the original is kept."""
+        self.move_to(self.W0 + change.to(self.W0.dtype))
+
+    def move_to(self, W: Tensor) -> None:
+        """Puts W [m, n] in place of the frozen weight; the original is kept."""
+        if self.kept is None:
+            self.kept = self.original.clone()
+        self.frozen.stored.set(W)
+        self._row_squares = None
 
     def bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in the dtype of x."""
@@ -155,6 +142,8 @@ class Adapted(nn.Module):
     @property
     def original(self) -> Tensor:
         """The matrix [m, n] before the variant came (as stored, where storage is lossy)."""
+        if self.kept is not None:
+            return self.kept
         if self.subtracted is None:
             return self.W0
         A0, B0 = self.subtracted
@@ -189,17 +178,30 @@ class Adapted(nn.Module):
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return self._forward(x)
-        if x.dtype != torch.float64:  # as autocast itself has it
+        if x.is_floating_point() and x.dtype != torch.float64:  # as autocast itself has it
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):  # norms and the like keep their own precision
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.enabled:
-            return self.form.forward(x, self)
-        if self.subtracted is None:
+            return self.form.forward(x, self) if self.kind.linear else self._other(x)
+        if self.subtracted is None and self.kept is None:
             return self.frozen(x)
-        return F.linear(x, self.original.to(x.dtype), self.bias_like(x))
+        return self.kind.product(x, self.original, self.frozen.bias)
+
+    def _other(self, x: Tensor) -> Tensor:
+        """A layer that is not linear over the last axis of x: by the factors or the dense W."""
+        factors, W0 = self.form.factors(self.p), self.W0
+        if factors is not None:
+            short = self.kind.low_rank(x, *factors)
+            if short is not None:
+                y = self.frozen(x)
+                return y + (self.s * short).to(y.dtype)
+        W = self.form.weight(W0, self.p, self.s)
+        if not self.drops:
+            return self.kind.product(x, W, self.bias)
+        return self.frozen(x) + self.kind.product(self.dropout(x), W - W0, None)
 
     def extra_repr(self) -> str:
         return f"{self.form.name}, rank={self.rank}, s={self.s:g}, dropout={self.p_drop:g}"
@@ -208,7 +210,7 @@ class Adapted(nn.Module):
 class Fused(nn.Module):
     """A layer whose output is that of several matrices side by side (GPT-2's q, k and v)."""
 
-    def __init__(self, slices: dict[str, nn.Module], kind: Any) -> None:
+    def __init__(self, slices: dict[str, nn.Module], kind: Kind) -> None:
         super().__init__()
         self.slices, self.kind = nn.ModuleDict(slices), kind
 
@@ -271,22 +273,32 @@ def freeze(
 
     `W` takes the place of the module's own matrix (an init that moved it).
     """
-    kind, bias = kind_of(module), module.bias
+    kind, bias = kind_of(module)(module), getattr(module, "bias", None)
     matrix = kind.matrix(module) if rows is None else kind.matrix(module)[slice(*rows)]
     if rows is not None and bias is not None:
         bias = nn.Parameter(bias[slice(*rows)], requires_grad=False)
     return Frozen(base.store(matrix if W is None else W), bias, kind)
 
 
-def plain(layer: Any, matrix: Any) -> nn.Module:
-    """The model's own kind of module again, with `matrix(part)` as weight of each part."""
+def plain(layer: Any, matrix: Callable[[Any], Tensor], own_bias: bool) -> nn.Module:
+    """The model's own kind of module again, with `matrix(part)` as weight of each part.
+
+    `own_bias`: with the bias that the form made of the layer's, not the layer's.
+    """
     if isinstance(layer, Fused):
         parts: list[Any] = list(layer.slices.values())
-        biases: list[Any] = [(p.frozen if isinstance(p, Adapted) else p).bias for p in parts]
-        bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+        biases: list[Any] = [_bias(part, own_bias) for part in parts]
+        bias = None if biases[0] is None else torch.cat(biases)
         return layer.kind.plain(torch.cat([matrix(part) for part in parts]), bias)
-    frozen = layer.frozen if isinstance(layer, Adapted) else layer
-    return frozen.kind.plain(matrix(layer), frozen.bias)
+    return layer.kind.plain(matrix(layer), _bias(layer, own_bias))
+
+
+def _bias(part: Any, own: bool) -> Tensor | None:
+    if not isinstance(part, Adapted):
+        return part.bias
+    before = part.frozen.bias
+    bias = part.bias if own else before
+    return bias if bias is None or before is None else bias.to(before.dtype)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, Planned, build, choose
+from ._adapter import Adapter, build, choose, planned_item
 from ._io import read_settings, read_tensors, write_atomically, write_tensors
-from ._layer import Adapted, kind_of
+from ._kinds import Conv1DKind, matrix_of
+from ._layer import Adapted
 from ._registry import Incompatible
 from ._svd import exact
-from ._targets import Site, linear_layers, resolve
+from ._targets import Site, all_layers, resolve
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -55,7 +56,7 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
         "base_model_name_or_path": getattr(model_config, "name_or_path", None),
         "bias": "none",
         "fan_in_fan_out": any(
-            layer.frozen.kind.__name__ == "Conv1DKind" for layer in adapter.layers.values()
+            isinstance(layer.kind, Conv1DKind) for layer in adapter.layers.values()
         ),
         "inference_mode": True,
         "init_lora_weights": True,
@@ -88,12 +89,12 @@ def _task_type(model: nn.Module) -> str | None:
 
 def _factors(layer: Adapted) -> tuple[Tensor, Tensor, float]:
     """(A, B, s) of W = W_original + s B A, whatever low-rank form and init the layer has."""
-    p = layer.p
+    p = layer.params
     A, B = (p["Q"], p["P"] * p["E"]) if "E" in p else (p["A"], p["B"])
     if layer.subtracted is not None:
         A0, B0 = layer.subtracted
-        A, B = torch.cat([A, A0]), torch.cat([B, -B0 / layer.s], dim=1)
-    return A.detach(), B.detach(), layer.s
+        A, B = torch.cat([A, A0]), torch.cat([B, -B0 / layer.full_s], dim=1)
+    return A.detach(), B.detach(), layer.full_s
 
 
 def _lora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -104,7 +105,7 @@ def _lora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         if adapter.choice.form.name == "dora":
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.p["m"]
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.params["m"]
         ranks[name], alphas[name] = A.shape[0], s * A.shape[0]
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
@@ -124,13 +125,13 @@ def _adalora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All triplets, the pruned ones with E = 0. PEFT divides alpha by (init_r + 1e-5)."""
     tensors = {}
     ranks = {layer.rank for layer in adapter.layers.values()}
-    scales = {layer.s for layer in adapter.layers.values()}
+    scales = {layer.full_s for layer in adapter.layers.values()}
     if len(ranks) > 1 or len(scales) > 1:
         raise Incompatible("PEFT's AdaLoRA has one initial rank and one alpha for all layers")
     for name, layer in adapter.layers.items():
-        tensors[f"{PREFIX}{name}.lora_A"] = layer.p["Q"]
-        tensors[f"{PREFIX}{name}.lora_E"] = layer.p["E"][:, None]
-        tensors[f"{PREFIX}{name}.lora_B"] = layer.p["P"]
+        tensors[f"{PREFIX}{name}.lora_A"] = layer.params["Q"]
+        tensors[f"{PREFIX}{name}.lora_E"] = layer.params["E"][:, None]
+        tensors[f"{PREFIX}{name}.lora_B"] = layer.params["P"]
     rank = ranks.pop()
     config = {
         "peft_type": "ADALORA",
@@ -243,9 +244,9 @@ def _repeated_pissa(
     model: nn.Module, ranks: Mapping[str, int], scales: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """PEFT's raw PiSSA files leave the residual out and repeat the exact SVD; so does this."""
-    found, layers = {}, linear_layers(model)
+    found, layers = {}, all_layers(model)
     for name, r in ranks.items():
-        W = kind_of(layers[name]).matrix(layers[name]).detach().float()
+        W = matrix_of(layers[name]).detach().float()
         U, S, Vh = exact(W, r)
         root = (S / scales[name]).sqrt()
         found[f"{name}.subtracted.A"] = root[:, None] * Vh
@@ -284,14 +285,14 @@ def _built(
     config: Mapping[str, Any],
     trainable: bool,
 ) -> Adapter:
-    layers, planned = linear_layers(model), []
+    layers, planned = all_layers(model), []
     if not ranks:
         raise Incompatible("the PEFT adapter has no layer that is read here")
     for name, r in ranks.items():
         if name not in layers:
             resolve(model, [name])  # names what the model has instead
-        m, n = kind_of(layers[name]).matrix(layers[name]).shape
-        planned.append(Planned(Site(name), (m, n), r, choice.form.shapes(m, n, r)))
+        m, n = matrix_of(layers[name]).shape
+        planned.append(planned_item(choice, Site(name), (m, n), r, scales[name]))
     names = config.get("modules_to_save") or []
     saved = [
         path
@@ -307,11 +308,11 @@ def _built(
         dropout=config.get("lora_dropout") or 0.0,
         seed=0,
         modules_to_save=tuple(saved),
-        scales=scales,
         tensors=tensors,
     )
-    for tensor in adapter.parameters():
-        tensor.requires_grad_(trainable)
+    if not trainable:
+        for tensor in adapter.parameters():
+            tensor.requires_grad_(False)
     return adapter
 
 

@@ -33,28 +33,34 @@ def frozen_product(x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) 
 
 
 class _LowRank(torch.autograd.Function):
-    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts."""
+    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts.
+
+    Where A is frozen nothing needs x: then x A^T [tokens, r] is kept in its place.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, s: float, p: float, seed: int) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.settings = s, p, seed
-        return F.linear(F.linear(drop(x, p, seed), A.to(x.dtype)), B.to(x.dtype)) * s
+        down = F.linear(drop(x, p, seed), A.to(x.dtype))
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B)
+        ctx.settings = s, p, seed, x.dtype
+        return F.linear(down, B.to(x.dtype)) * s
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
-        s, p, seed = ctx.settings
+        kept, A, B = ctx.saved_tensors
+        s, p, seed, dtype = ctx.settings
         g = grads[0].reshape(-1, B.shape[0]) * s
-        xd = drop(x, p, seed).reshape(-1, A.shape[1])
-        down = g @ B.to(x.dtype)  # [T, r]
+        up = g @ B.to(dtype)  # [T, r]
         gx = gA = gB = None
         if ctx.needs_input_grad[0]:
-            gx = drop((down @ A.to(x.dtype)).view(x.shape), p, seed)
+            shape = (*grads[0].shape[:-1], A.shape[1])
+            gx = drop((up @ A.to(dtype)).view(shape), p, seed)
         if ctx.needs_input_grad[1]:
-            gA = (down.mT @ xd).to(A.dtype)
+            xd = drop(kept, p, seed).reshape(-1, A.shape[1])
+            gA = (up.mT @ xd).to(A.dtype)
+            kept = xd @ A.to(dtype).mT
         if ctx.needs_input_grad[2]:
-            gB = (g.mT @ (xd @ A.to(x.dtype).mT)).to(B.dtype)
+            gB = (g.mT @ kept.reshape(-1, A.shape[0])).to(B.dtype)
         return gx, gA, gB, None, None, None
 
 

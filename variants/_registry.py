@@ -57,6 +57,8 @@ class PresetInfo:
     alpha: float | str | None  # a number, or a multiple of the rank such as "2r"
     lr: float
     lr_origin: str
+    targets: str = "all-linear"
+    parameters: str = ""  # of one matrix, where another axis leaves some of the form's untrained
 
 
 def _literal(node: ast.expr, where: str) -> Any:
@@ -74,8 +76,9 @@ def _axis_classes() -> dict[str, tuple[str, dict[str, Any]]]:
         if isinstance(node, ast.ClassDef):
             for parent in node.bases:
                 if isinstance(parent, ast.Name) and (parent.id in found or parent.id == "Part"):
-                    axis, traits = found.get(parent.id, (node.name.lower(), {}))
-                    found[node.name] = axis, traits | _members(node, "_api")[1]
+                    axis, traits = found.get(parent.id, ("", {}))
+                    traits = traits | _members(node, "_api")[1]
+                    found[node.name] = traits.get("axis", axis), traits
     return found
 
 
@@ -151,7 +154,8 @@ def preset(name: str, **choices: Any) -> None:
     """Names a variant: one part (or {"name": part, setting: value}) on each axis, and defaults.
 
     The call is read from the syntax tree; running it does nothing. Arguments, all literals: the
-    six axes (default: LoRA's), `rank`, `alpha` (a number, or "2r"), `lr` and `lr_origin`.
+    six axes (default: LoRA's), `rank`, `alpha` (a number, or "2r"), `lr`, `lr_origin`, and where
+    they are not the usual ones `targets` and `parameters` (the formula of the trained numbers).
     """
 
 
@@ -228,9 +232,10 @@ def describe(name: str) -> dict[str, Any]:
             "alpha": info.alpha,
             "lr": info.lr,
             "lr_origin": info.lr_origin,
+            "targets": info.targets,
         },
         "rank": form.traits["rank_means"],
-        "parameters": form.traits["parameters"],
+        "parameters": info.parameters or form.traits["parameters"],
         "notes": notes,
         "file": f"{info.module.replace('.', '/')}.py",
     }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ._layer import kind_of
+from ._kinds import Conv1DKind, Conv2dKind, EmbeddingKind, Kind, NormKind, kind_of, matrix_of
 from ._registry import Incompatible
 
 # The names that model families of transformers give to each role; two components where one name
@@ -27,12 +27,19 @@ ROLES = {
     "up": ("up_proj", "fc1", "wi", "wi_1", "lin1", "c_fc", "intermediate.dense", "dense_h_to_4h"),
     "down": ("down_proj", "fc2", "wo", "lin2", "mlp.c_proj", "output.dense", "dense_4h_to_h"),
 }
-# Layers whose output rows are several roles side by side, in equal shares.
-FUSED = {"c_attn": ("q", "k", "v")}
+# Layers whose output rows are several roles side by side: q as wide as its heads, k and v as
+# wide as theirs, all else in equal shares.
+FUSED = {
+    "c_attn": ("q", "k", "v"),
+    "qkv_proj": ("q", "k", "v"),
+    "gate_up_proj": ("gate", "up"),
+}
 GROUPS = {
     "attention": ("q", "k", "v", "o"),
     "mlp": ("gate", "up", "down"),
 }
+# Roles by the kind of the layer.
+OTHERS = {"embeddings": EmbeddingKind, "convolutions": Conv2dKind, "norms": NormKind}
 # Modules that are, or hold, an output head; `get_output_embeddings` of the model adds its own.
 HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
@@ -62,9 +69,14 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def all_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of a kind that can be adapted, by path, the output head included."""
     return {path: module for path, module in model.named_modules() if kind_of(module)}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of them that are linear."""
+    return {k: v for k, v in all_layers(model).items() if kind_of(v) in (Kind, Conv1DKind)}
 
 
 def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
@@ -86,11 +98,11 @@ def resolve(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> lis
     several come as a list or with commas. One that matches nothing is refused.
     """
     words = targets.split(",") if isinstance(targets, str) else list(targets)
-    layers = linear_layers(model)
+    layers = all_layers(model)
     body = all_linear(model)
     found: dict[Site, None] = {}
     for word in (str(w).strip() for w in words):
-        sites = list(_match(word, body, layers))
+        sites = list(_match(model, word, body, layers))
         if not sites:
             raise _nothing(word, layers)
         found |= dict.fromkeys(sites)
@@ -100,13 +112,17 @@ def resolve(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> lis
     sites.sort(key=lambda s: (order[s.path], s.rows or (0, 0)))
     for site in sites:
         _refuse_shared(model, site.path, layers[site.path])
-        _refuse_tied(model, site.path, layers[site.path])
     return sites
 
 
-def _match(word: str, body: list[str], layers: dict[str, nn.Module]) -> Iterator[Site]:
+def _match(
+    model: nn.Module, word: str, body: list[str], layers: dict[str, nn.Module]
+) -> Iterator[Site]:
     if word == "all-linear":
         yield from map(Site, body)
+        return
+    if word in OTHERS:
+        yield from (Site(path) for path, m in layers.items() if kind_of(m) is OTHERS[word])
         return
     roles = GROUPS.get(word, (word,) if word in ROLES else ())
     for path in body:
@@ -114,34 +130,49 @@ def _match(word: str, body: list[str], layers: dict[str, nn.Module]) -> Iterator
         if role_of(path) in roles or (parts and set(parts) <= set(roles)):
             yield Site(path)
         elif roles and parts:
-            rows = kind_of(layers[path]).matrix(layers[path]).shape[0] // len(parts)
-            for i, part in enumerate(parts):
+            begin = 0
+            for part, rows in zip(parts, _shares(model, parts, layers[path]), strict=True):
                 if part in roles:
-                    yield Site(path, part, (i * rows, (i + 1) * rows))
+                    yield Site(path, part, (begin, begin + rows))
+                begin += rows
     if not roles:
         yield from (Site(path) for path in layers if _ends(path, word))
+
+
+def _shares(model: nn.Module, parts: tuple[str, ...], module: nn.Module) -> list[int]:
+    """The output rows of each part of a fused layer."""
+    m = matrix_of(module).shape[0]
+    heads = dict.fromkeys(parts, 1)
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    if parts[0] == "q" and getattr(config, "num_key_value_heads", None):
+        heads |= {"q": config.num_attention_heads, "k": config.num_key_value_heads,
+                  "v": config.num_key_value_heads}  # type: ignore[union-attr]  # fmt: skip
+    unit, rest = divmod(m, sum(heads.values()))
+    if rest:
+        raise Incompatible(f"targets: {m} rows are no multiple of the heads {heads}")
+    return [unit * heads[part] for part in parts]
 
 
 def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
     return Incompatible(
-        f"targets={word}: matches no linear layer; roles: all-linear, "
-        f"{', '.join((*GROUPS, *ROLES))}; layers of this model: {', '.join(leaves) or 'none'}"
+        f"targets={word}: matches no layer; roles: all-linear, "
+        f"{', '.join((*GROUPS, *ROLES, *OTHERS))}; "
+        f"layers of this model: {', '.join(leaves) or 'none'}"
     )
 
 
 def _refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
+    """A layer or a weight that stands at a second place, where it would stay as it was."""
     for other, candidate in model.named_modules(remove_duplicate=False):
-        if candidate is module and other != path:
+        if other == path:
+            continue
+        if candidate is module:
             raise Incompatible(
                 f"targets={path}: the same layer stands at {other} too, and would stay as it was"
             )
-
-
-def _refuse_tied(model: nn.Module, path: str, module: nn.Module) -> None:
-    weight = module.weight
-    for other, candidate in model.named_modules():
-        if isinstance(candidate, nn.Embedding) and candidate.weight is weight:
+        if getattr(candidate, "weight", None) is module.weight:
             raise Incompatible(
                 f"targets={path}: its weight is tied to {other}, which would change with it; "
                 f"untie them (tie_word_embeddings=False) or leave it out"

@@ -20,14 +20,17 @@ Times below 1 are fractions of the run, others are steps. The budget of the offi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._api import Allocation, Form, LowRank, Scale, Tensors
+from ._api import Allocation, LowRank, Scale, Tensors
 from ._layer import Adapted
 from ._registry import Incompatible, preset
+
+if TYPE_CHECKING:
+    from ._adapter import Choice
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Triplet(LowRank, name="triplet"):
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         return W0 + s * (p["P"] * p["E"]) @ p["Q"]
 
-    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        return layer.frozen(x) + layer.low_rank(x, layer.p["Q"], layer.p["P"] * layer.p["E"])
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        return p["Q"], p["P"] * p["E"]
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,9 @@ class AdaLoRABudget(Allocation, name="adalora"):
             if not 0 < getattr(self, name) < 1:
                 raise Incompatible(f"allocation adalora: {name} must lie between 0 and 1")
 
-    def fits(self, form: Form) -> None:
-        if not isinstance(form, Triplet):
-            raise Incompatible(
-                f"allocation adalora needs a form with singular values (triplet), not {form.name}"
-            )
+    def fits(self, choice: "Choice") -> None:
+        if not isinstance(choice.form, Triplet):
+            raise self.refuse(choice.form, "a form with singular values (triplet)")
 
     def times(self, steps: int) -> tuple[int, int, int]:
         """(end of warm-up, length of the final phase, interval) in steps."""
@@ -142,7 +143,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
         terms = []
         for layer in layers.values():
-            P, Q = layer.p["P"], layer.p["Q"]
+            P, Q = layer.params["P"], layer.params["Q"]
             one = torch.eye(layer.rank, dtype=P.dtype, device=P.device)
             terms += [torch.linalg.matrix_norm(P.mT @ P - one),
                       torch.linalg.matrix_norm(Q @ Q.mT - one)]  # fmt: skip
@@ -173,7 +174,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
             threshold = torch.cat(importance).kthvalue(start - state["budget"]).values
             for (name, layer), score in zip(layers.items(), importance, strict=True):
                 masked = score <= threshold
-                layer.p["E"].masked_fill_(masked, 0.0)
+                layer.params["E"].masked_fill_(masked, 0.0)
                 state["ranks"][name] = layer.rank - int(masked.sum())
             state["threshold"] = threshold.item()
         return []  # the official code leaves Adam's moments: a masked E may return
@@ -181,12 +182,12 @@ class AdaLoRABudget(Allocation, name="adalora"):
     def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
         if state is not None:  # those of the last mask: a masked E moves again until the next
             return dict(state["ranks"])
-        return {name: int((layer.p["E"] != 0).sum()) for name, layer in layers.items()}
+        return {name: int((layer.params["E"] != 0).sum()) for name, layer in layers.items()}
 
 
 def _tensors(layers: Mapping[str, Adapted]) -> list[Tensor]:
     """P, E, Q of each layer in turn."""
-    return [layer.p[k] for layer in layers.values() for k in "PEQ"]
+    return [layer.params[k] for layer in layers.values() for k in "PEQ"]
 
 
 preset(

@@ -30,6 +30,9 @@ class Dense(Stored):
     def dense(self) -> Tensor:
         return self.W.to(self.dtype)
 
+    def set(self, W: Tensor) -> None:
+        self.W = nn.Parameter(W.to(self.W.dtype), requires_grad=False)
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.W.dtype != x.dtype:
             return super().product(x, bias)

@@ -17,14 +17,17 @@ What it buys: the change has rank r, whatever the data say.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._api import Allocation, Init, LowRank, Scale, Start, Tensors, Update
+from ._api import Allocation, Init, LowRank, Scale, Start, Tensors, Update, trained
 from ._layer import Adapted
 from ._registry import preset
+
+if TYPE_CHECKING:
+    from ._adapter import Choice
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,20 @@ class LoRA(LowRank, name="lora"):
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         return W0 + s * p["B"] @ p["A"]
 
-    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        return layer.frozen(x) + layer.low_rank(x, layer.p["A"], layer.p["B"])
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
+        return p["A"], p["B"]
 
 
 @dataclass(frozen=True)
 class Default(Init, name="default"):
     """The form's own start: for LoRA, A uniform and B zero."""
 
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Start | None:
+    def fits(self, choice: "Choice") -> None:
+        """Every form has a start of its own."""
+
+    def start(
+        self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
+    ) -> Start | None:
         return None
 
 
@@ -84,9 +92,8 @@ class AdamW(Update, name="adamw"):
     def optimizer(
         self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any
     ) -> torch.optim.Optimizer:
-        tensors = [t for layer in layers.values() for t in layer.trained]
         settings.setdefault("fused", not settings.get("foreach"))
-        return torch.optim.AdamW([*tensors, *others], lr=lr, **settings)
+        return torch.optim.AdamW([*trained(layers), *others], lr=lr, **settings)
 
 
 preset(

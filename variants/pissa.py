@@ -13,7 +13,7 @@ The model starts where it was, the base does not; and s B A is the best rank-r p
 
 >>> import torch
 >>> W0 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
->>> start = PiSSA().start(W0, 2, 1.0, torch.Generator())
+>>> start = PiSSA().start(W0, 2, 1.0, torch.Generator(), {})
 >>> part = start.B @ start.A
 >>> [round(v, 4) for v in part.diag().tolist()], round((W0 - part).norm().item(), 4)
 ([3.0, 2.0, 0.0], 1.0)
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._api import Form, Init, Start
-from ._registry import Incompatible, preset
+from ._api import Init, Start, Tensors
+from ._registry import preset
 from ._svd import top
 
 
@@ -38,11 +38,9 @@ class PiSSA(Init, name="pissa"):
 
     moves_base = True
 
-    def fits(self, form: Form) -> None:
-        if not form.low_rank:
-            raise Incompatible(f"init pissa needs a low-rank form, not {form.name}")
-
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Start:
+    def start(
+        self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
+    ) -> Start:
         U, S, Vh = top(W0, r, self.method, generator)
         root = (S / s).sqrt()
         A, B = root[:, None] * Vh, U * root

@@ -1,0 +1,168 @@
+"""Kinds of layers: each shows its weight as a matrix W [m, n], and computes with another one.
+
+This is the one place that knows them. Forms, inits and bases see the matrix and nothing else.
+"""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+
+class Kind:
+    """`nn.Linear`, stored as [m, n]: y = x W^T + bias. Other kinds say what differs."""
+
+    linear = True  # y = x W^T + bias over the last axis of x: a form's fast path fits
+    matrices = True  # W is a matrix that acts on features, not a vector of gains
+    drops = True  # its input can be dropped out
+
+    def __init__(self, module: Any) -> None:
+        self.shell = copy.copy(module)  # the module without its numbers: settings, and its forward
+        self.shell._parameters = {
+            k: p if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+            for k, p in module._parameters.items()
+        }
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        return type(module) is nn.Linear
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight (or its gradient) as W [m, n]."""
+        return weight
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        """W [m, n] as the module stores it."""
+        return W
+
+    def matrix(self, module: Any) -> Tensor:
+        return self.to_matrix(module.weight)
+
+    def plain(self, W: Tensor, bias: Tensor | None) -> nn.Module:
+        """A module of this kind again, with W and `bias`."""
+        module = copy.copy(self.shell)
+        weight = nn.Parameter(self.from_matrix(W).contiguous(), requires_grad=False)
+        module._parameters = dict(self.shell._parameters) | {"weight": weight}
+        if "bias" in module._parameters:
+            module._parameters["bias"] = (
+                None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            )
+        return module
+
+    def product(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output with W in place of its own."""
+        return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
+        """B A x by way of A x, or None where there is no short way."""
+        return None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What W multiplies, [..., n], of the layer's input."""
+        return x
+
+
+class Conv1DKind(Kind):
+    """transformers' `Conv1D` (GPT-2): stored transposed, as [n, m]."""
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        cls = type(module)
+        return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        return W.t()
+
+
+class Shell(Kind):
+    """A kind whose product is the module's own forward, with another weight put into it."""
+
+    linear = False
+
+    def product(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        swapped = {"weight": self.from_matrix(W)}
+        if bias is not None:
+            swapped["bias"] = bias
+        if x.is_floating_point():
+            swapped = {k: t.to(x.dtype) for k, t in swapped.items()}
+        else:
+            swapped = {k: t.to(self.shell.weight.dtype) for k, t in swapped.items()}
+        return functional_call(self.shell, swapped, (x,))
+
+
+class EmbeddingKind(Shell):
+    """`nn.Embedding` of N rows of m features, as W [m, N] on a one-hot input."""
+
+    drops = False
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
+        if type(self.shell) is not nn.Embedding or self.shell.max_norm is not None:
+            return None  # one that scales what it finds: by its own forward
+        found = F.embedding(x, A.t(), self.shell.padding_idx)
+        return F.linear(found, B)
+
+
+class Conv2dKind(Shell):
+    """`nn.Conv2d` as W [out channels, in channels / groups x height x width]."""
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        return type(module) is nn.Conv2d
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        return W.view(self.shell.weight.shape)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        s = self.shell
+        if s.groups != 1 or s.padding_mode != "zeros" or isinstance(s.padding, str):
+            raise NotImplementedError(f"abstract: no patches of {s}")
+        return F.unfold(x, s.kernel_size, s.dilation, s.padding, s.stride).mT
+
+
+class NormKind(Shell):
+    """LayerNorm, RMSNorm and their like: the vector of gains as W [m, 1]."""
+
+    matrices = False
+    drops = False
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        weight = getattr(module, "weight", None)
+        return "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.ndim == 1
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight[:, None]
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        return W[:, 0]
+
+
+KINDS = (Kind, Conv1DKind, EmbeddingKind, Conv2dKind, NormKind)
+
+
+def kind_of(module: nn.Module) -> Any:
+    """The kind that owns the module, or None."""
+    return next((kind for kind in KINDS if kind.owns(module)), None)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The module's weight as a matrix [m, n]."""
+    return kind_of(module)(module).matrix(module)
