@@ -109,6 +109,7 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
                 f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
                 f"again beside the old one"
             )
+        _regroup(prepared, finished, screen, group)
         screen.finished(finished, folder.path)
         return finished
     if finished is not None:
@@ -128,7 +129,8 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
             raise BadInput(f"{folder.path}: another process is running this very run")
         log = Log(folder.path / "run.log")
         screen.log = log.write
-        folder.set_status("running")
+        own = settings.track.group or settings.study or group
+        folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
         job = Run(prepared, loaded, planned, device, screen, group, began)
         try:
             result = job.result()
@@ -148,6 +150,36 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
             log.close()
     screen.finished(result, folder.path)
     return result
+
+
+def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> None:
+    """A finished run that a later sweep asks for joins that sweep's W&B group."""
+    settings, folder = prepared.settings, prepared.folder
+    group = settings.track.group or settings.study or group
+    if settings.track.mode == "disabled" or group in ("single", folder.group):
+        return
+    with folder.locked() as held:
+        if not held:
+            return
+        config = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
+        tracker = Tracker(
+            settings.track,
+            folder.path,
+            name=prepared.name,
+            group=group,
+            tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
+            config=config,  # type: ignore[arg-type]
+            say=screen.say,
+        )
+        tracker.finish(summary(result))
+        folder.set_status(result["status"], group=group)
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B shows of a finished run."""
+    scores = {f"{when}/{k}": v for when in ("base", "tuned")
+              for k, v in result["metrics"][when].items()}  # fmt: skip
+    return scores | {"status": result["status"]}
 
 
 def pick_device(name: str) -> torch.device:
@@ -201,7 +233,7 @@ class Run:
             settings.track,
             self.path,
             name=prepared.name,
-            group=settings.study or group,
+            group=settings.track.group or settings.study or group,
             tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
             config=config,
             say=screen.say,
@@ -247,9 +279,7 @@ class Run:
         write_predictions(self.path / "predictions.jsonl", scored, base["predictions"], after)
         prepared.folder.set_status(result["status"])
         record.write_json(self.path / "result.json", result)
-        summary = {f"{when}/{k}": v for when in ("base", "tuned")
-                   for k, v in result["metrics"][when].items()}  # fmt: skip
-        self.tracker.finish(summary | {"status": result["status"]})
+        self.tracker.finish(summary(result))
         return result
 
     def _choose_threads(self, train: list[Example]) -> None:

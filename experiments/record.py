@@ -114,9 +114,16 @@ class Folder:
             return True
 
     def set_status(self, status: str, **details: Any) -> None:
-        """running, failed (with `error` and `traceback`), done or diverged."""
+        """running, failed (with `error` and `traceback`), done or diverged; `group` stays."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.path / "status.json", {"status": status, "time": now, **details})
+        kept = {"group": self.group} if self.group is not None else {}
+        new = {"status": status, "time": now, **kept, **details}
+        write_json(self.path / "status.json", new)
+
+    @property
+    def group(self) -> str | None:
+        """The W&B group of the run."""
+        return (read_json(self.path / "status.json") or {}).get("group")
 
     def set_aside(self) -> Path:
         """Renames the folder, so that the run starts anew and nothing is lost."""

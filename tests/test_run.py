@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import record
+from experiments import record, track
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
@@ -280,6 +280,26 @@ def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
     assert "6 runs" in done.stdout
     done = lab(*words, "dry=true", out=out, code=0)
     assert done.stdout.count("done ") == 4
+
+
+def test_a_finished_run_joins_the_group_of_a_later_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "_server", None)
+    out, words = tmp_path / "runs", ["variant=lora", "rank=2", *QUICK, "track.mode=offline"]
+    lab(*words, out=out)
+    lab("-m", *words, out=out)
+    (folder,) = (p.parent for p in out.rglob("result.json"))
+    group = json.loads((folder / "status.json").read_text())["group"]
+    assert group.startswith("sweep-")
+    files = sorted(folder.rglob("*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    inspect = ["wandb", "leet", "inspect", "--json", str(files[-1])]
+    shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    assert len(files) == 2 and group in shown
+    lab("-m", *words, out=out)
+    assert len(list(folder.rglob("*.wandb"))) == 2
+    assert track._server is not None
+    track._server.communicate()
 
 
 def _kill_after(step: int, words: list[str], out: Path) -> None:
