@@ -110,6 +110,9 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
                 f"again beside the old one"
             )
         _regroup(prepared, finished, screen, group)
+        screen.say("finished before; rerun=true runs it again beside the old one")
+        if not (folder.path / "adapter" / "adapter.json").is_file():
+            screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
         screen.finished(finished, folder.path)
         return finished
     if finished is not None:
@@ -134,9 +137,9 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
         job = Run(prepared, loaded, planned, device, screen, group, began)
         try:
             result = job.result()
-        except KeyboardInterrupt:
-            folder.set_status("failed", error="interrupted: the same command goes on from here")
-            log.write("interrupted")
+        except KeyboardInterrupt as error:
+            folder.set_status("failed", error=record.interrupted(error))
+            log.write(record.interrupted(error))
             job.tracker.finish(None, failed=True)
             raise
         except Exception as error:
@@ -257,7 +260,8 @@ class Run:
             screen.say(note)
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
-        scored = self.scorer.examples(self._scored_items())
+        scored = self.scorer.examples(getattr(prepared.splits, settings.eval.split))
+        scored = scored[: settings.eval.limit]
         self._say_cut(train)
         self.eval_s = 0.0
         base = self._base(scored, train)
@@ -291,11 +295,6 @@ class Run:
             torch.set_num_threads(1 if width * tokens < WORTH_A_THREAD else ALL_THREADS)
         self.environment["device"] = _name(self.device)
         record.write_json(self.path / "env.json", self.environment)
-
-    def _scored_items(self) -> list[Any]:
-        items = getattr(self.prepared.splits, self.settings.eval.split)
-        limit = self.settings.eval.limit
-        return items if limit is None or self.settings.task.scoring == "language" else items[:limit]
 
     def _say_cut(self, examples: list[Example]) -> None:
         count = sum(e.cut for e in examples)
@@ -383,6 +382,7 @@ class Run:
         stored = [m for m in self.loaded.model.modules() if isinstance(m, Stored)]
         numbers = sum(module.shape[0] * module.shape[1] for module in stored)
         trained = adapter.num_trainable
+        total = self.numbers + trained - adapter.num_replaced
         heads = sum(p.numel() for m in adapter.saved_modules.values() for p in m.copy.parameters())
         return {
             "schema": record.SCHEMA,
@@ -417,15 +417,17 @@ class Run:
             "params": {
                 "trainable": trained,
                 "head": heads,
-                "total": self.numbers + trained,
-                "fraction": trained / (self.numbers + trained),
+                "total": total,
+                "fraction": trained / total,
             },
             "ranks": adapter.ranks() if choice.rank is not None else None,
             "time": {
                 "init_s": init_s,
                 "train_s": trainer.seconds,
                 "eval_s": self.eval_s + trainer.eval_s,
-                "step_ms": 1000 * statistics.median(trainer.durations or [0.0]),
+                "step_ms": 1000 * statistics.median(trainer.durations)
+                if trainer.durations
+                else None,
             },
             "memory": {
                 "peak_bytes": peak_bytes(self.device),
@@ -459,4 +461,5 @@ def peak_bytes(device: torch.device) -> int:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"

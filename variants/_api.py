@@ -50,6 +50,7 @@ class Form(Part):
     constants: ClassVar[tuple[str, ...]] = ()  # tensors of p that are kept and never trained
     low_rank: ClassVar[bool] = False  # has factors: an init may give A and B
     scaled: ClassVar[bool] = True  # s enters its equation
+    replaces: ClassVar[bool] = False  # what it trains stands in place of W, not beside it
     starts_at_base: ClassVar[bool] = True  # weight(W0, start(W0), s) == W0
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
