@@ -8,9 +8,7 @@ gc.disable()  # imports take a fifth less; on again once the model is loaded (ex
 import hydra
 from omegaconf import DictConfig
 
-from experiments import config, sweep
-
-config.register()
+from experiments import sweep
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -2,7 +2,8 @@
 
     python -m analysis.params --model llama-7b --variant dora --rank 32 --targets q,v --json
 
-`trainable` is what the adapter trains, `total` the base and the adapter, `fraction` their ratio.
+`trainable` is what the adapter trains, `total` the base and the adapter (what an adapter
+replaces is not counted twice), `fraction` their ratio.
 """
 
 import argparse
@@ -95,6 +96,8 @@ def count(
     planned = variants.plan(model, choice, targets)
     trainable = count_trained(choice, planned)
     total = sum(p.numel() for p in model.parameters()) + trainable
+    if choice.form.replaces:
+        total -= sum(item.shape[0] * item.shape[1] for item in planned)
     return {
         "trainable": trainable,
         "total": total,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -154,6 +155,7 @@ def register() -> None:
     # Hydra copies the whole store for each group that it lists or composes; nothing changes it
     store.__deepcopy__ = lambda memo: store
     store.store(name="schema", node=Settings)
+    OmegaConf.register_new_resolver("more_keys", more_keys, replace=True)
     for name, cls in MODELS.items():
         store.store(group="model", name=name, node=cls)
     for name, task in tasks().items():
@@ -174,6 +176,27 @@ def register() -> None:
         store.store(
             group="variant", name=name, node=node | {axis: s for axis, s in own.items() if s}
         )
+
+
+def more_keys() -> str:
+    """For `--help`: the keys that come with each model and task, and the words that keys take."""
+    own: dict[str, Any] = {f"model={name}": cls for name, cls in MODELS.items()}
+    own |= {f"task={name}": task for name, task in tasks().items()}
+    lines = ["Keys that come with a choice:", ""]
+    for choice, cls in own.items():
+        group = choice.partition("=")[0]
+        keys = [f"{group}.{f.name}={_shown(f.default)}" for f in dataclasses.fields(cls)
+                if f.name != "kind"]  # fmt: skip
+        lines.append(f"  {choice:<14} {' '.join(keys) or '-'}")
+    lines += ["", "Keys that take a word:", ""]
+    return "\n".join(
+        [*lines, *(f"  {key:<16} {', '.join(words)}" for key, words in CHOICES.items())]
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 24 else f"{text[:20]}..."
 
 
 def _twin(task: type[Task]) -> Any:
@@ -259,6 +282,16 @@ def _check_numbers(settings: Settings) -> None:
                        "optim.beta2": optim.beta2}.items():  # fmt: skip
         if not 0 <= value < 1:
             raise BadInput(f"{key}={value}: from 0 to below 1")
+    if settings.seed < 0:
+        raise BadInput(f"seed={settings.seed}: zero or a positive whole number")
+    if not settings.out_dir.strip():
+        raise BadInput("out_dir=: the name of a folder")
+    if settings.study is not None and (
+        not settings.study.strip() or Path(settings.study).name != settings.study
+    ):
+        raise BadInput(f"study={settings.study}: the name of one folder inside out_dir")
+    if settings.targets is not None and not settings.targets:
+        raise BadInput("targets: empty; name a role or a layer")
     if train.seq_len is not None and train.seq_len < 2:
         raise BadInput(f"train.seq_len={train.seq_len}: two tokens or more")
     if train.steps is not None and train.epochs is not None:

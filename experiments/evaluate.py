@@ -4,10 +4,11 @@ python -m experiments.evaluate RUN [task=NAME task.path=FILE eval.split=test ...
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,7 @@ def evaluate_run(run: str | Path, words: Sequence[str]) -> dict[str, Any]:
         max_new_tokens=settings.eval.max_new_tokens or task.max_new_tokens,
     )
     examples = scorer.examples(items)
-    if settings.eval.limit is not None and task.scoring != "language":
-        examples = examples[: settings.eval.limit]
+    examples = examples[: settings.eval.limit]
     base = scorer.full(examples)
     load_adapter(loaded, run)
     tuned = scorer.full(examples)
@@ -236,9 +236,17 @@ def evaluate_run(run: str | Path, words: Sequence[str]) -> dict[str, Any]:
         "split": settings.eval.split,
         "items": len(examples),
         "data": digest,
+        "settings": {
+            "task": asdict(task),
+            "seq_len": scorer.seq_len,
+            "limit": settings.eval.limit,
+            "max_new_tokens": scorer.max_new_tokens,
+        },
         "metrics": {"primary": task.primary, "base": base.metrics, "tuned": tuned.metrics},
     }
-    folder = Path(run) / "evaluations" / f"{task.name}-{settings.eval.split}-{digest[:10]}"
+    named = hashlib.sha256(json.dumps([digest, found["settings"]], sort_keys=True).encode())
+    name = f"{task.name}-{settings.eval.split}-{named.hexdigest()[:10]}"
+    folder = Path(run) / "evaluations" / name
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / "predictions.jsonl", examples, base.predictions, tuned.predictions)
     write_json(folder / "result.json", found)
@@ -272,7 +280,7 @@ def main() -> int:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="task=, task.*=, eval.*=, train.seq_len=; what is not given is the run's",
+        help="task=, task.*=, eval.*=, train.seq_len=; what is not given is as in the run",
     )
     parser.add_argument("--json", action="store_true", help="one json object")
     given = parser.parse_args()

@@ -70,6 +70,8 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     given = parser.parse_args()
     try:
+        if given.max_new_tokens < 1:
+            raise BadInput(f"--max-new-tokens {given.max_new_tokens}: a positive number")
         loaded, adapter = open_run(given.run)
     except (BadInput, Incompatible) as error:
         print(f"error: {error}", file=sys.stderr)

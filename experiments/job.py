@@ -112,6 +112,10 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
                 f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
                 f"again beside the old one"
             )
+        _regroup(prepared, finished, screen, group)
+        screen.say("finished before; rerun=true runs it again beside the old one")
+        if not (folder.path / "adapter" / "adapter.json").is_file():
+            screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
         screen.finished(finished, folder.path)
         return finished
     if finished is not None:
@@ -137,13 +141,14 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
             raise BadInput(f"{folder.path}: another process is running this very run")
         log = Log(folder.path / "run.log")
         screen.log = log.write
-        folder.set_status("running")
+        own = settings.track.group or settings.study or group
+        folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
         job = Run(prepared, loaded, planned, device, screen, group, began)
         try:
             result = job.result()
-        except KeyboardInterrupt:
-            folder.set_status("failed", error="interrupted: the same command goes on from here")
-            log.write("interrupted")
+        except KeyboardInterrupt as error:
+            folder.set_status("failed", error=record.interrupted(error))
+            log.write(record.interrupted(error))
             job.tracker.finish(None, failed=True)
             raise
         except Exception as error:
@@ -157,6 +162,36 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
             log.close()
     screen.finished(result, folder.path)
     return result
+
+
+def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> None:
+    """A finished run that a later sweep asks for joins that sweep's W&B group."""
+    settings, folder = prepared.settings, prepared.folder
+    group = settings.track.group or settings.study or group
+    if settings.track.mode == "disabled" or group in ("single", folder.group):
+        return
+    with folder.locked() as held:
+        if not held:
+            return
+        config = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
+        tracker = Tracker(
+            settings.track,
+            folder.path,
+            name=prepared.name,
+            group=group,
+            tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
+            config=config,  # type: ignore[arg-type]
+            say=screen.say,
+        )
+        tracker.finish(summary(result))
+        folder.set_status(result["status"], group=group)
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B shows of a finished run."""
+    scores = {f"{when}/{k}": v for when in ("base", "tuned")
+              for k, v in result["metrics"][when].items()}  # fmt: skip
+    return scores | {"status": result["status"]}
 
 
 def pick_device(name: str) -> torch.device:
@@ -210,7 +245,7 @@ class Run:
             settings.track,
             self.path,
             name=prepared.name,
-            group=settings.study or group,
+            group=settings.track.group or settings.study or group,
             tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
             config=config,
             say=screen.say,
@@ -234,7 +269,8 @@ class Run:
             screen.say(note)
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
-        scored = self.scorer.examples(self._scored_items())
+        scored = self.scorer.examples(getattr(prepared.splits, settings.eval.split))
+        scored = scored[: settings.eval.limit]
         self._say_cut(train)
         self.eval_s = 0.0
         base = self._base(scored, train)
@@ -256,9 +292,7 @@ class Run:
         write_predictions(self.path / "predictions.jsonl", scored, base["predictions"], after)
         prepared.folder.set_status(result["status"])
         record.write_json(self.path / "result.json", result)
-        summary = {f"{when}/{k}": v for when in ("base", "tuned")
-                   for k, v in result["metrics"][when].items()}  # fmt: skip
-        self.tracker.finish(summary | {"status": result["status"]})
+        self.tracker.finish(summary(result))
         return result
 
     def _choose_threads(self, train: list[Example]) -> None:
@@ -270,11 +304,6 @@ class Run:
             torch.set_num_threads(1 if width * tokens < WORTH_A_THREAD else ALL_THREADS)
         self.environment["device"] = _name(self.device)
         record.write_json(self.path / "env.json", self.environment)
-
-    def _scored_items(self) -> list[Any]:
-        items = getattr(self.prepared.splits, self.settings.eval.split)
-        limit = self.settings.eval.limit
-        return items if limit is None or self.settings.task.scoring == "language" else items[:limit]
 
     def _say_cut(self, examples: list[Example]) -> None:
         count = sum(e.cut for e in examples)
@@ -375,6 +404,7 @@ class Run:
         stored = [m for m in self.loaded.model.modules() if isinstance(m, Stored)]
         numbers = sum(module.shape[0] * module.shape[1] for module in stored)
         trained = adapter.num_trainable
+        total = self.numbers + trained - adapter.num_replaced
         heads = sum(p.numel() for m in adapter.saved_modules.values() for p in m.copy.parameters())
         return {
             "schema": record.SCHEMA,
@@ -409,15 +439,17 @@ class Run:
             "params": {
                 "trainable": trained,
                 "head": heads,
-                "total": self.numbers + trained,
-                "fraction": trained / (self.numbers + trained),
+                "total": total,
+                "fraction": trained / total,
             },
             "ranks": adapter.ranks() if choice.rank is not None else None,
             "time": {
                 "init_s": init_s,
                 "train_s": trainer.seconds,
                 "eval_s": self.eval_s + trainer.eval_s,
-                "step_ms": 1000 * statistics.median(trainer.durations or [0.0]),
+                "step_ms": 1000 * statistics.median(trainer.durations)
+                if trainer.durations
+                else None,
             },
             "memory": {
                 "peak_bytes": peak_bytes(self.device),
@@ -454,4 +486,5 @@ def peak_bytes(device: torch.device) -> int:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"

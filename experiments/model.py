@@ -22,6 +22,7 @@ from .tasks import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TINY = Path(__file__).parent / "tiny"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
 
 
@@ -118,6 +119,10 @@ def _refuse_broken(folder: Path) -> None:
     """Names a folder without a model, and a weight file that was cut short."""
     if not (folder / "config.json").is_file():
         raise BadInput(f"model.path={folder}: no config.json there, so no model of transformers")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise BadInput(f"model.path={folder}: config.json is not json ({error})") from None
     for file in folder.glob("*.safetensors"):
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -151,9 +156,9 @@ def _from_hub(node: HF) -> Path:
         )
     except (OSError, ValueError, HFValidationError) as error:
         why = str(error).strip().splitlines()[0]
+        why = f" ({type(error).__name__}: {why})" if hub_is_online() else ", which is not reached"
         raise BadInput(
-            f"model.path={name}: no such folder, and nothing of that name from the hub "
-            f"({type(error).__name__}: {why})"
+            f"model.path={name}: no such folder, and nothing of that name from the hub{why}"
         ) from None
 
 
@@ -175,6 +180,8 @@ def _load(folder: Path, node: Tiny | HF, num_labels: int) -> tuple[Any, Any, boo
         settings["num_labels"] = num_labels
     else:
         cls = _causal_class(folder)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise BadInput(f"model.path={folder}: no tokenizer there ({', '.join(TOKENIZERS)})")
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .tasks import BadInput
+
 ROOT = Path(__file__).parents[1]
 SCHEMA = 1
 
@@ -53,6 +55,10 @@ def read_json(path: Path) -> Any:
         return None
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler takes the machine back."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """One run's folder."""
@@ -62,7 +68,8 @@ class Folder:
     @property
     def result(self) -> dict[str, Any] | None:
         """What the run found; its presence means that it is finished."""
-        return read_json(self.path / "result.json")
+        found = read_json(self.path / "result.json")
+        return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
     @property
     def state(self) -> str:
@@ -90,7 +97,10 @@ class Folder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[bool]:
         """Holds the run for this process; False where another has it. Dies with the process."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"out_dir={self.path.parents[1]}: {error.strerror}") from None
         with (self.path / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,9 +124,16 @@ class Folder:
             return True
 
     def set_status(self, status: str, **details: Any) -> None:
-        """running, failed (with `error` and `traceback`), done or diverged."""
+        """running, failed (with `error` and `traceback`), done or diverged; `group` stays."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.path / "status.json", {"status": status, "time": now, **details})
+        kept = {"group": self.group} if self.group is not None else {}
+        new = {"status": status, "time": now, **kept, **details}
+        write_json(self.path / "status.json", new)
+
+    @property
+    def group(self) -> str | None:
+        """The W&B group of the run."""
+        return (read_json(self.path / "status.json") or {}).get("group")
 
     def set_aside(self) -> Path:
         """Renames the folder, so that the run starts anew and nothing is lost."""
@@ -131,17 +148,16 @@ class Folder:
 class Metrics:
     """metrics.jsonl: one row a line, in the order of steps, in one stream."""
 
-    def __init__(self, path: Path, resume_after: int) -> None:
-        """Keeps the rows up to step `resume_after`; the rest is about to be written again."""
+    def __init__(self, path: Path, resume_after: int | None) -> None:
+        """Keeps the rows up to step `resume_after` (None: none); the rest is written again."""
         rows = []
-        if path.exists():
-            for line in path.read_text().splitlines():
+        if path.exists() and resume_after is not None:
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    row = json.loads(line)
-                except ValueError:
-                    break  # the last line of a killed process
-                if row["step"] <= resume_after:
-                    rows.append(line + "\n")
+                    if json.loads(line)["step"] <= resume_after:
+                        rows.append(line + "\n")
+                except (ValueError, TypeError, KeyError):
+                    continue  # cut short by a kill, or not ours
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text("".join(rows))
         os.replace(part, path)
@@ -170,6 +186,13 @@ class Log:
 
     def close(self) -> None:
         self.file.close()
+
+
+def interrupted(error: KeyboardInterrupt) -> str:
+    """What an interrupt left behind; `error` says after which step, where that was saved."""
+    if str(error):
+        return f"interrupted {error}: the same command goes on from there"
+    return "interrupted: the same command goes on from the last checkpoint, if there is one"
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], state: Any) -> None:

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from variants import Adapter
+from variants._registry import unknown
 
 from . import config
 from .model import Loaded, Source
-from .tasks import BadInput
+from .tasks import BadInput, tasks
 
 
 def settings_of_run(run: str | Path, *words: str) -> config.Settings:
@@ -19,13 +22,20 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
     path = Path(run)
     if not (path / "config.yaml").is_file():
         raise BadInput(f"{path}: no config.yaml there, so no folder of a run")
-    saved = OmegaConf.load(path / "config.yaml")
+    try:
+        saved = OmegaConf.load(path / "config.yaml")
+        OmegaConf.merge(OmegaConf.structured(config.Settings), saved)
+    except (OmegaConfBaseException, YAMLError, AssertionError) as error:
+        why = str(error).splitlines()[0] if str(error) else "not a mapping"
+        raise BadInput(f"{path / 'config.yaml'}: not the settings of a run ({why})") from None
     for word in words:
         key, _, value = word.partition("=")
         if key == "task":
+            if value not in tasks():
+                raise BadInput(str(unknown("task", value, list(tasks()))))
             saved.task = {"name": value}
-        elif key.partition(".")[0] not in ("task", "eval", "train") or not value:
-            raise BadInput(f"{word}: only task=, task.*=, eval.*= and train.*= can be given")
+        elif not (key.startswith(("task.", "eval.")) or key == "train.seq_len") or not value:
+            raise BadInput(f"{word}: only task=, task.*=, eval.*= and train.seq_len= can be given")
     given = OmegaConf.from_dotlist([word for word in words if not word.startswith("task=")])
     schema = OmegaConf.structured(config.Settings)
     return config.settings_of(OmegaConf.merge(schema, saved, given))  # type: ignore[arg-type]
@@ -45,7 +55,7 @@ def load_adapter(loaded: Loaded, run: str | Path) -> Adapter:
     import variants
 
     if not (Path(run) / "adapter").is_dir():
-        raise BadInput(f"{run}: no adapter there: the run is not finished")
+        raise BadInput(f"{run}: no adapter there: the run is not finished, or rerun=true is due")
     return variants.load(loaded.model, Path(run) / "adapter", trainable=False)
 
 

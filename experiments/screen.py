@@ -76,14 +76,17 @@ class Screen:
             )
         elif not self.console.is_terminal and step * 10 // self._total > self._said:
             self._said = step * 10 // self._total
-            self.say(f"step {step} of {self._total}, loss {loss:.4f}" + self._note)
+            self.say(f"step {step} of {self._total}, loss {loss:.4f}")
 
-    def note(self, text: str) -> None:
-        """The newest validation."""
-        self._note = f"; validation: {text}"
-        self.log(f"validation: {text}")
+    def note(self, step: int, text: str) -> None:
+        """The validation after `step`."""
+        self._note = f"validation at {step}: {text}"
         if self.progress is not None:
-            self.progress.update(self._task, note=text)
+            self.progress.update(self._task, note=self._note)
+        if self.console.is_terminal:
+            self.log(self._note)
+        else:
+            self.say(self._note)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -117,7 +120,8 @@ class Screen:
         table.add_row("peak memory", "", f"{memory['peak_bytes'] / 2**20:,.0f} MiB")
         table.add_row("start, train, score", "", " + ".join(
             f"{times[k]:.1f}" for k in ("init_s", "train_s", "eval_s")) + " s")  # fmt: skip
-        table.add_row("a step", "", f"{times['step_ms']:.1f} ms")
+        if times["step_ms"] is not None:
+            table.add_row("a step", "", f"{times['step_ms']:.1f} ms")
         self.console.print(table)
         if result["fresh_head"]:
             self.say("base: the frozen model with its untrained head")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from variants import Incompatible
 from variants._registry import unknown
 
-from .config import settings_of
+from .config import register, settings_of
+from .record import Terminated, interrupted
 from .tasks import BadInput
 
 SWEEP = "LORA_SWEEP"  # the file, in the environment of a sweep's jobs, where each adds its line
@@ -145,17 +147,32 @@ def guarded(main: Callable[[], Any]) -> int:
     global _exit_code
     _exit_code = 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
+    signal.signal(signal.SIGTERM, _terminate)
     try:
+        register()
         main()
+        sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
         if FULL:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except Incompatible as error:  # a file of variants/ that cannot be read
+        if FULL:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(interrupted(error), file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stdout = None
+        return 1
     return _exit_code
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 def explain(error: BaseException) -> str:

@@ -51,7 +51,7 @@ class Tracker:
             "entity": track.entity,
             "id": folder.name.rpartition("-")[2],
             "name": name,
-            "group": track.group or group,
+            "group": group,
             "tags": tags,
             "config": config,
             "dir": str(folder.resolve()),

@@ -1,7 +1,11 @@
 """The training loop: batches, loss, optimizer, schedule; validation and checkpoints on the way."""
 
+import contextlib
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +17,32 @@ from variants._adapter import Adapter
 from . import batches
 from .evaluate import count_tokens, training_loss
 from .measure import measure
-from .record import Metrics, load_checkpoint, pack, save_checkpoint, unpack
+from .record import Metrics, Terminated, load_checkpoint, pack, save_checkpoint, unpack
 from .tasks import Example
 
 if TYPE_CHECKING:
     from .job import Run
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """The signals (interrupt, terminate) that have come; a second one stops at once."""
+    came: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class Diverged(ArithmeticError):
@@ -49,8 +74,8 @@ class Trainer:
         self.tokens = {"seen": 0, "trained": 0}
         self.measured: dict[str, float] = {}
         self.durations: list[float] = []
-        self._resume()
-        self.metrics = Metrics(run.path / "metrics.jsonl", resume_after=self.step)
+        resumed = self._resume()
+        self.metrics = Metrics(run.path / "metrics.jsonl", self.step if resumed else None)
 
     def train(self) -> None:
         """Every step that is left. Raises `Diverged` at the first number that is not finite."""
@@ -60,8 +85,11 @@ class Trainer:
                 self.measured = self._measure()
             if self.step == 0 and self.settings.eval_every:
                 self._validate()
-            while self.step < self.steps:
-                self._advance()
+            with stopping() as stop:
+                while self.step < self.steps:
+                    self._advance()
+                    if stop and self.step < self.steps:
+                        self._leave(stop[0])
         finally:
             self.metrics.close()
 
@@ -78,6 +106,14 @@ class Trainer:
             self._validate()
         if self._due(self.settings.checkpoint_every):
             self._save()
+
+    def _leave(self, signum: int) -> None:
+        """Ends the run between two steps, with a checkpoint of this one."""
+        where = ""
+        if self.settings.checkpoint_every:
+            self._save()
+            where = f"after step {self.step} of {self.steps}"
+        raise (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(where)
 
     def _due(self, every: int | None) -> bool:
         """Each `every` steps and after the last; 0: never."""
@@ -149,7 +185,7 @@ class Trainer:
         self.eval_s += time.perf_counter() - began
         row = {f"validation/{k}": v for k, v in scores.items()}
         self._row({"step": self.step, **row, "seconds": self.seconds})
-        self.run.screen.note(", ".join(f"{k} {v:.3g}" for k, v in scores.items()))
+        self.run.screen.note(self.step, ", ".join(f"{k} {v:.3g}" for k, v in scores.items()))
 
     def learning(self) -> dict[str, float]:
         """The mean of each validation score over the steps (the area under its curve)."""
@@ -157,7 +193,7 @@ class Trainer:
         for key in ("loss", "exact"):
             points = [(row["step"], row[f"validation/{key}"]) for row in self.metrics.rows
                       if f"validation/{key}" in row]  # fmt: skip
-            if len(points) > 1:
+            if len(points) > 1 and points[-1][0] > points[0][0]:
                 area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2
                            for a, b in pairwise(points))  # fmt: skip
                 found[f"mean_{key}"] = area / (points[-1][0] - points[0][0])
@@ -183,6 +219,7 @@ class Trainer:
             "rng": {"cpu": torch.get_rng_state()},
             "window": self.window,
             "seconds": self.seconds,
+            "durations": self.durations[-1000:],
             "eval_s": self.eval_s,
             "tokens": self.tokens,
             "measured": self.measured,
@@ -193,12 +230,12 @@ class Trainer:
         cpu = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         save_checkpoint(self.run.checkpoints, self.step, cpu, plain)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
         """Continues from the newest whole checkpoint, if there is one."""
         torch.manual_seed(self.run.settings.seed)  # of dropout, the adapter's and the model's own
         found = load_checkpoint(self.run.checkpoints)
         if found is None:
-            return
+            return False
         step, tensors, plain = found
         state = unpack(plain, tensors)
         prefix = "adapter."
@@ -215,7 +252,9 @@ class Trainer:
         self.step, self.seconds, self.eval_s = step, state["seconds"], state["eval_s"]
         self.window, self.tokens = state["window"], state["tokens"]
         self.measured = state["measured"]
+        self.durations = state["durations"]
         self.run.screen.say(f"resumed after step {step} of {self.steps}")
+        return True
 
 
 def schedule(name: str, warmup: float, step: int, steps: int) -> float:

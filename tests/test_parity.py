@@ -353,3 +353,11 @@ def test_nf4_survives_a_change_of_dtype() -> None:
     stored = base.store(torch.randn(64, 64))
     before = stored.dense()
     assert torch.equal(nn.Sequential(stored).to(torch.bfloat16)[0].dense(), before)
+
+
+def test_a_moved_and_coded_base_has_no_peft_file(tmp_path: Path) -> None:
+    """nf4(W - B0 A0) is not nf4(W) - B0 A0: refused; a coded base alone is warned of."""
+    with pytest.raises(variants.Incompatible, match="init pissa moved the weight before base nf4"):
+        variants.attach(Nested(), "lora", rank=2, init="pissa", base="nf4").save_peft(tmp_path)
+    with pytest.warns(UserWarning, match="trained on base nf4"):
+        variants.attach(Nested(), "lora", rank=2, base="nf4").save_peft(tmp_path)

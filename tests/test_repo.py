@@ -122,3 +122,26 @@ def test_variant_files_are_short() -> None:
         tree = ast.parse(file.read_text())
         doc = len((ast.get_docstring(tree) or "").splitlines())
         assert len(file.read_text().splitlines()) - doc < 190, file.name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("syntax error here(", "variants/broken.py, line 1: "),
+        ('preset("lora", rank=1, alpha=1, lr=1.0, lr_origin="x")', "'lora' is named twice"),
+        ('preset("new", rank=1 + 1, alpha=1, lr=1.0, lr_origin="x")', "are literals"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from variants import _registry
+
+    for file in (ROOT / "variants").glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "broken.py").write_text(text)
+    monkeypatch.setattr(_registry, "PACKAGE", tmp_path)
+    found = _registry.index.__wrapped__
+    with pytest.raises(variants.Incompatible) as caught:
+        found()
+    assert message.replace("variants/", f"{tmp_path.name}/") in str(caught.value)

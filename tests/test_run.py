@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -21,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import record
+from experiments import record, track
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
@@ -227,6 +228,10 @@ BAD = [
     (["varient=dora"], "error: varient: no such key (did you mean 'variant'?); choices: variant"),
     (["task=skils"], "error: task=skils: no such task (did you mean 'skills'?); choices:"),
     (["device=tpu7"], "error: device=tpu7: choices: auto, cpu"),
+    (["targets=[]"], "error: targets: empty; name a role or a layer"),
+    (["study=../elsewhere"], "error: study=../elsewhere: the name of one folder inside out_dir"),
+    (["seed=-1"], "error: seed=-1: zero or a positive whole number"),
+    (["task=lm", f"task.path={sys.executable}"], "error: task.path="),
     (["model=hf", "model.path=./missing"], "error: model.path=./missing: no such folder"),
 ]
 
@@ -241,6 +246,12 @@ def test_bad_input_is_one_line(words: list[str], message: str, tmp_path: Path) -
     assert "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("status.json"))
+
+
+def test_an_out_dir_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = lab(*QUICK, out=tmp_path / "file", code=1)
+    assert done.stderr == f"error: out_dir={tmp_path}/file: Not a directory\n"
 
 
 def test_a_truncated_model_is_named(tmp_path: Path) -> None:
@@ -282,6 +293,26 @@ def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
     assert done.stdout.count("done ") == 4
 
 
+def test_a_finished_run_joins_the_group_of_a_later_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "_server", None)
+    out, words = tmp_path / "runs", ["variant=lora", "rank=2", *QUICK, "track.mode=offline"]
+    lab(*words, out=out)
+    lab("-m", *words, out=out)
+    (folder,) = (p.parent for p in out.rglob("result.json"))
+    group = json.loads((folder / "status.json").read_text())["group"]
+    assert group.startswith("sweep-")
+    files = sorted(folder.rglob("*.wandb"), key=lambda p: p.stat().st_mtime_ns)
+    inspect = ["wandb", "leet", "inspect", "--json", str(files[-1])]
+    shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    assert len(files) == 2 and group in shown
+    lab("-m", *words, out=out)
+    assert len(list(folder.rglob("*.wandb"))) == 2
+    assert track._server is not None
+    track._server.communicate()
+
+
 def _kill_after(step: int, words: list[str], out: Path) -> None:
     """Starts the run and kills it with SIGKILL once that step is logged."""
     process = subprocess.Popen(command(*words, out=out), stdout=subprocess.DEVNULL, cwd=out.parent)
@@ -292,6 +323,20 @@ def _kill_after(step: int, words: list[str], out: Path) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _stopped_after(step: int, words: list[str], out: Path, signum: int) -> tuple[int, str]:
+    """(exit code, what was said) of a run that gets a signal once that step is logged."""
+    process = subprocess.Popen(
+        command(*words, out=out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while process.poll() is None:
+        rows = [p.read_text().count('"grad_norm"') for p in out.rglob("metrics.jsonl")]
+        if rows and rows[0] >= step:
+            process.send_signal(signum)
+            break
+        time.sleep(0.02)
+    return (process.wait(), process.communicate()[1])
 
 
 def _same(a: Path, b: Path) -> None:
@@ -322,6 +367,50 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     done = lab(*KILLED, out=out)
     assert "resumed after step" in done.stdout
     _same(only(tmp_path / "whole"), only(out))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_the_step_it_ended_with(tmp_path: Path, signum: int) -> None:
+    """One signal ends the run between two steps, with a checkpoint; the rest is bit for bit."""
+    lab(*KILLED, out=tmp_path / "whole")
+    out = tmp_path / "stopped"
+    code, said = _stopped_after(10, [*KILLED, "train.checkpoint_every=39"], out, signum)
+    assert code == (130 if signum == signal.SIGINT else 143)
+    step = re.search(r"interrupted after step (\d+) of 40: the same command goes on", said)
+    assert step and 10 <= int(step[1]) < 40
+    status = json.loads((next(out.rglob("status.json"))).read_text())
+    assert f"after step {step[1]}" in status["error"]
+    done = lab(*KILLED, out=out)
+    assert f"resumed after step {step[1]} of 40" in done.stdout
+    _same(only(tmp_path / "whole"), only(out))
+
+
+def test_a_death_before_the_first_checkpoint_leaves_no_double_rows(tmp_path: Path) -> None:
+    words = [*KILLED, "train.checkpoint_every=39"]
+    _kill_after(3, words, tmp_path)
+    lab(*words, out=tmp_path)
+    steps = [(row["step"], len(row)) for row in rows_of(only(tmp_path) / "metrics.jsonl")]
+    assert len(steps) == len(set(steps))
+
+
+def test_damaged_files_of_a_run_cost_nothing_but_work(tmp_path: Path) -> None:
+    """result.json without content, metrics that are no text: made again from the checkpoint."""
+    lab(*KILLED, out=tmp_path)
+    folder = only(tmp_path)
+    before = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text("{}")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe no json\n")
+    lab(*KILLED, out=tmp_path)
+    after = json.loads((folder / "result.json").read_text())
+    for key in ("metrics", "learning", "tokens"):
+        assert after[key] == before[key]
+    assert after["time"]["step_ms"] > 0
+    (folder / "config.yaml").write_text("junk: 1\n")
+    assert (
+        "config.yaml: not the settings of a run"
+        in module("experiments.evaluate", str(folder), code=1).stderr
+    )
 
 
 @pytest.mark.slow

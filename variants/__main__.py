@@ -108,7 +108,7 @@ def main() -> int:
                     console.print(f"  {part:<12} {doc}", markup=False, soft_wrap=True)
         else:
             console.print(table())
-    except Incompatible as error:
+    except (Incompatible, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

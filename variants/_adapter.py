@@ -285,6 +285,13 @@ class Adapter:
         )
 
     @property
+    def num_replaced(self) -> int:
+        """Numbers of the base whose place the trained ones take (full fine-tuning)."""
+        if not self.choice.form.replaces:
+            return 0
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
+
+    @property
     def num_trainable(self) -> int:
         """Trained numbers of the adapter; modules trained in full (a new head) are not counted."""
         return sum(t.numel() for t in trained(self.layers))

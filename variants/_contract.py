@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._adapter import Adapter, attach, choose, needs, planned_item, shared_shapes
+from ._api import LowRank
 from ._io import load
 from ._layer import Adapted
 from ._registry import describe, find_part, find_preset
@@ -163,6 +164,19 @@ def optimizer_holds_each_tensor_once(case: Case) -> None:
     optimizer = adapter.optimizer(lr=1e-3, steps=10)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(t) for t in adapter.parameters())
+
+
+def takes_any_factors(case: Case) -> None:
+    """A low-rank form put at any A and B has the weight W + s B A, so that every init fits it."""
+    form = case.attach().choice.form
+    if not isinstance(form, LowRank):
+        return
+    generator = torch.Generator().manual_seed(2)
+    for m, n in ((20, 24), (24, 20)):
+        W, B, A = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                   for shape in ((m, n), (m, 3), (3, n)))  # fmt: skip
+        p = form.embed(W, A, B, 0.7)
+        _close(form.weight(W, p, 0.7), W + 0.7 * B @ A, 1e-9, "embed")
 
 
 def saves_and_loads(case: Case) -> None:
@@ -357,6 +371,7 @@ CLAUSES: dict[str, Callable[[Case], None]] = {
         merged_equals_unmerged,
         only_the_adapter_trains,
         optimizer_holds_each_tensor_once,
+        takes_any_factors,
         saves_and_loads,
         same_seed_same_bits,
         keeps_dtypes,

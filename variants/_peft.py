@@ -5,6 +5,7 @@ Keys: `base_model.model.` + path + `.lora_A.weight` and so on. What PEFT cannot 
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
         raise Incompatible(f"PEFT's format has no place for form {form}: it takes lora, dora and "
                            f"triplet here; export it merged instead")  # fmt: skip
     moved = any(layer.subtracted is not None for layer in adapter.layers.values())
+    base = adapter.choice.base
+    if base.lossy and moved:
+        raise Incompatible(
+            f"PEFT's format cannot say that {adapter.choice.init} moved the weight before base "
+            f"{base.name} stored it; export it merged or native"
+        )
+    if base.lossy:
+        warnings.warn(
+            f"the adapter was trained on base {base.name}: on weights stored otherwise its outputs "
+            f"differ by that storage's error",
+            stacklevel=3,
+        )
     if form == "triplet" and not moved:
         config, tensors = _adalora(adapter)
     else:

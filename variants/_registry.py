@@ -65,7 +65,7 @@ def _literal(node: ast.expr, where: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise TypeError(f"{where}: defaults and preset arguments are literals") from error
+        raise Incompatible(f"{where}: defaults and preset arguments are literals") from error
 
 
 @cache
@@ -127,7 +127,12 @@ def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
     all_parts: dict[str, dict[str, PartInfo]] = {axis: {} for axis in AXES}
     presets: dict[str, PresetInfo] = {}
     for path in sorted(PACKAGE.glob("[!_]*.py")):
-        tree, module = ast.parse(path.read_text()), f"{PACKAGE.name}.{path.stem}"
+        try:
+            tree, module = ast.parse(path.read_text()), f"{PACKAGE.name}.{path.stem}"
+        except SyntaxError as error:
+            raise Incompatible(
+                f"{PACKAGE.name}/{path.name}, line {error.lineno}: {error.msg}"
+            ) from error
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 part = _part(node, module)
@@ -146,7 +151,7 @@ def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
 
 def _add(table: dict[str, Any], name: str, info: Any) -> None:
     if name in table:
-        raise TypeError(f"{name!r} is named twice: in {table[name].module} and in {info.module}")
+        raise Incompatible(f"{name!r} is named twice: in {table[name].module} and in {info.module}")
     table[name] = info
 
 

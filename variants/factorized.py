@@ -55,6 +55,7 @@ class Factorized(Form, name="factorized"):
     parameters = "min(r, m, n)*(m + n)"
     constants = ("mean", "deviation")
     scaled = False
+    replaces = True
     starts_at_base = False
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class Full(Form, name="full"):
     rank_means = None
     parameters = "m*n"
     scaled = False
+    replaces = True
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"W": (m, n)}

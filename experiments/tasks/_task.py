@@ -185,13 +185,23 @@ def files(path: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; a folder or binary data is named."""
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"task.path={path}: no text in UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise BadInput(f"task.path={path}: {error.strerror}") from None
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, or of a .json file that holds a list."""
     try:
         if file.suffix == ".json":
-            rows = json.loads(file.read_text())
+            rows = json.loads(read_text(file))
         else:
-            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in read_text(file).splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise BadInput(f"task.path={file}: not json ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):

@@ -1,6 +1,7 @@
 """Classification and regression of sentences: a tsv or csv file with `sentence` and `label`."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from ._task import BadInput, Example, Item, Splits, Task, column, cut, files, require, token_ids
+from ._task import (
+    BadInput,
+    Example,
+    Item,
+    Splits,
+    Task,
+    column,
+    cut,
+    files,
+    read_text,
+    require,
+    token_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Classify(Task):
 
 def _table(file: Path) -> list[dict[str, str]]:
     quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL  # GLUE quotes nothing
-    with file.open(newline="") as handle:
+    with io.StringIO(read_text(file)) as handle:
         delimiter = "\t" if file.suffix == ".tsv" else ","
         rows = list(csv.DictReader(handle, delimiter=delimiter, quoting=quoting))
     if not rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ._task import BadInput, Example, Item, Splits, Task, require
+from ._task import BadInput, Example, Item, Splits, Task, read_text, require
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LanguageModelling(Task):
     primary = "loss"
 
     def splits(self) -> Splits:
-        text = require(self.path, "lm").read_text()
+        text = read_text(require(self.path, "lm"))
         ends = (0, int(0.9 * len(text)), int(0.95 * len(text)), len(text))
         train, validation, test = ([Item(f"{a}:{b}", "", text[a:b])] for a, b in pairwise(ends))
         return Splits(train, validation, test)
