@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
 from ._calibrate import calibrate
+from ._experts import Unstacked, experts, restack, unstack
 from ._kinds import kind_of, matrix_of
 from ._layer import (
     Adapted,
@@ -420,13 +421,13 @@ class Adapter:
         `merge_error` says what that rounding cost.
         """
 
-        def merged(part: nn.Module) -> Tensor:
+        def merged(part: Any) -> Tensor:
             if isinstance(part, Frozen):
                 return part.stored.dense()
-            W = part.weight  # type: ignore[union-attr]
-            if W is part.W0:  # type: ignore[union-attr]
+            W = part.weight
+            if W is part.W0:  # a form that leaves the weight alone
                 return W
-            rounded = W.to(part.W0.dtype)  # type: ignore[union-attr]
+            rounded = W.to(part.W0.dtype)
             error = (torch.linalg.norm(rounded.to(W.dtype) - W) / torch.linalg.norm(W)).item()
             self.merge_error = max(self.merge_error, error)
             return rounded
@@ -449,6 +450,9 @@ class Adapter:
         self._refuse_ended()
         for path, layer in list(stand_ins(self.model)):
             replace(self.model, path, plain(layer, matrix, own_bias=saved == "copy"))
+        for module in self.model.modules():
+            if isinstance(module, Unstacked):
+                restack(module)
         for path, module in self.saved_modules.items():
             narrow, error = module.narrowed() if saved == "copy" else (module.original, 0.0)
             self.merge_error = max(self.merge_error, error)
@@ -565,7 +569,7 @@ def build(
         planned = _reranked(choice, planned, scores)
     if dropout:
         for item in planned:
-            if not kind_of(model.get_submodule(item.site.path)).drops:
+            if not kind_of(all_layers(model)[item.site.path]).drops:
                 raise Incompatible(f"dropout={dropout}: the input of {item.site.name} is no "
                                    f"vector of numbers to drop from")  # fmt: skip
     body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
@@ -578,7 +582,8 @@ def build(
     new: dict[str, nn.Module] = {}
     with torch.no_grad():
         shared = _shared(model, choice, planned, seed, tensors)
-        for path, module in all_layers(model).items():
+        found_layers = all_layers(model)
+        for path, module in found_layers.items():
             base = choice.base if path in body else dense
             if path in by_path:
                 made = {}
@@ -586,13 +591,16 @@ def build(
                     name = item.site.name
                     prints[name] = fingerprint(_matrix(module, item.site))
                     own = found.get(name, {})
-                    common = shared.get(item.key, {})
+                    common: Any = shared.get(item.key, {})
                     layer = _layer(module, item, choice, base, dropout, seed, own, common, tensors)
                     made[item.site], layers[name] = layer, layer
                 new[path] = _fuse(module, made, base)
             elif choice.base.name != dense.name and path in body:
                 new[path] = freeze(module, base)
     model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if any(f"{path}.{name}" in new for name, _ in experts(module)):
+            unstack(module)
     for path, module in new.items():
         replace(model, path, module)
     saved = {path: _copy(model, path, tensors) for path in copied}
@@ -638,7 +646,7 @@ def _shared(
     found = {}
     for key, (m, n, r) in shared_shapes(choice, planned).items():
         first = next(item for item in planned if item.key == key)
-        W = model.get_submodule(first.site.path).weight
+        W = all_layers(model)[first.site.path].weight
         like = torch.empty(0, dtype=wide(W.dtype), device=W.device)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(_seed_of(seed, f"shared {key}"))
         p = dict(choice.form.start_shared(m, n, r, generator, like))

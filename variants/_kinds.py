@@ -155,7 +155,36 @@ class NormKind(Shell):
         return W[:, 0]
 
 
-KINDS = (Kind, Conv1DKind, EmbeddingKind, Conv2dKind, NormKind)
+class Expert(nn.Module):
+    """One expert's matrix out of a stack [experts, ., .] of a mixture-of-experts layer."""
+
+    def __init__(self, stack: Tensor, index: int, transposed: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(stack.detach()[index], requires_grad=False)
+        self.transposed = transposed
+
+
+class ExpertKind(Kind):
+    """An `Expert`, stored as [m, n], or as [n, m] where the model says `is_transposed`.
+
+    The model multiplies by it, so a change must pass through the dense W (`Experts`).
+    """
+
+    linear = False
+    drops = False
+
+    @staticmethod
+    def owns(module: nn.Module) -> bool:
+        return type(module) is Expert
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.shell.transposed else weight
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        return W.t() if self.shell.transposed else W
+
+
+KINDS = (Kind, Conv1DKind, EmbeddingKind, Conv2dKind, NormKind, ExpertKind)
 
 
 def kind_of(module: nn.Module) -> Any:

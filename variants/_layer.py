@@ -301,6 +301,19 @@ def _bias(part: Any, own: bool) -> Tensor | None:
     return bias if bias is None or before is None else bias.to(before.dtype)
 
 
+def effective(part: Any) -> Tensor:
+    """The matrix [m, n] by which a stand-in multiplies now, in the model's dtype."""
+    if isinstance(part, Fused):
+        return torch.cat([effective(p) for p in part.slices.values()])
+    if isinstance(part, Frozen):
+        return part.stored.dense()
+    W0 = part.W0
+    if not part.enabled:
+        return part.original
+    with torch.autocast(W0.device.type, enabled=False):
+        return part.weight.to(W0.dtype)
+
+
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path` of `model`, on in the mode (train or eval) of what stood there."""
     parent, _, leaf = path.rpartition(".")

@@ -1,11 +1,22 @@
 """Which layers a variant adapts: roles (`all-linear`, `attention`, `mlp`, `q`, ...) or names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ._kinds import Conv1DKind, Conv2dKind, EmbeddingKind, Kind, NormKind, kind_of, matrix_of
+from ._experts import experts
+from ._kinds import (
+    Conv1DKind,
+    Conv2dKind,
+    EmbeddingKind,
+    ExpertKind,
+    Kind,
+    NormKind,
+    kind_of,
+    matrix_of,
+)
 from ._registry import Incompatible
 
 # The names that model families of transformers give to each role; two components where one name
@@ -39,7 +50,12 @@ GROUPS = {
     "mlp": ("gate", "up", "down"),
 }
 # Roles by the kind of the layer.
-OTHERS = {"embeddings": EmbeddingKind, "convolutions": Conv2dKind, "norms": NormKind}
+OTHERS = {
+    "embeddings": EmbeddingKind,
+    "convolutions": Conv2dKind,
+    "norms": NormKind,
+    "experts": ExpertKind,
+}
 # Modules that are, or hold, an output head; `get_output_embeddings` of the model adds its own.
 HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
@@ -66,17 +82,31 @@ def role_of(path: str) -> str | None:
 
 
 def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    stem = _stem(path)
+    return path == name or path.endswith("." + name) or stem.endswith("." + name)
+
+
+def _stem(path: str) -> str:
+    """The path without the number of an expert."""
+    front, _, last = path.rpartition(".")
+    return front if last.isdigit() else path
 
 
 def all_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of a kind that can be adapted, by path, the output head included."""
-    return {path: module for path, module in model.named_modules() if kind_of(module)}
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if kind_of(module):
+            found[path] = module
+        else:
+            found |= {f"{path}.{name}": expert for name, expert in experts(module)}
+    return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of them that are linear."""
-    return {k: v for k, v in all_layers(model).items() if kind_of(v) in (Kind, Conv1DKind)}
+    """Those of them that are linear, experts' matrices included."""
+    kinds = (Kind, Conv1DKind, ExpertKind)
+    return {k: v for k, v in all_layers(model).items() if kind_of(v) in kinds}
 
 
 def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
@@ -91,7 +121,7 @@ def all_linear(model: nn.Module) -> list[str]:
     return [path for path, module in layers.items() if not is_head(model, path, module)]
 
 
-def resolve(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> list[Site]:
+def resolve(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
     """The matrices that `targets` means, in the model's order.
 
     A target is a role, a group of roles, `all-linear`, or the (end of the) path of a layer;
@@ -126,7 +156,7 @@ def _match(
         return
     roles = GROUPS.get(word, (word,) if word in ROLES else ())
     for path in body:
-        parts = FUSED.get(path.rpartition(".")[2], ())
+        parts = FUSED.get(_stem(path).rpartition(".")[2], ())
         if role_of(path) in roles or (parts and set(parts) <= set(roles)):
             yield Site(path)
         elif roles and parts:
@@ -143,11 +173,11 @@ def _shares(model: nn.Module, parts: tuple[str, ...], module: nn.Module) -> list
     """The output rows of each part of a fused layer."""
     m = matrix_of(module).shape[0]
     heads = dict.fromkeys(parts, 1)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()
     if parts[0] == "q" and getattr(config, "num_key_value_heads", None):
         heads |= {"q": config.num_attention_heads, "k": config.num_key_value_heads,
-                  "v": config.num_key_value_heads}  # type: ignore[union-attr]  # fmt: skip
+                  "v": config.num_key_value_heads}  # fmt: skip
     unit, rest = divmod(m, sum(heads.values()))
     if rest:
         raise Incompatible(f"targets: {m} rows are no multiple of the heads {heads}")
@@ -155,7 +185,7 @@ def _shares(model: nn.Module, parts: tuple[str, ...], module: nn.Module) -> list
 
 
 def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
-    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+    leaves = list(dict.fromkeys(_stem(path).rpartition(".")[2] for path in layers))
     return Incompatible(
         f"targets={word}: matches no layer; roles: all-linear, "
         f"{', '.join((*GROUPS, *ROLES, *OTHERS))}; "
