@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from variants import _registry as registry
+
 from .tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +277,8 @@ def sources() -> dict[str, str]:
             name = str(Path(file).relative_to(ROOT))
             if name.startswith(("variants/", "experiments/")):
                 found[name] = file_digest(Path(file)) or ""
+        elif file and module.__name__.startswith(registry.GROUP):  # a variant of the user's own
+            found[file] = file_digest(Path(file)) or ""
     return dict(sorted(found.items()))
 
 

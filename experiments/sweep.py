@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from variants import Incompatible
-from variants._registry import unknown
+from variants._registry import from_file, unknown
 
 from .config import register, settings_of
 from .record import Terminated, interrupted
@@ -149,6 +149,7 @@ def guarded(main: Callable[[], Any]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
         register()
         main()
         sys.stdout.flush()
@@ -169,6 +170,14 @@ def guarded(main: Callable[[], Any]) -> int:
         sys.stdout = None
         return 1
     return _exit_code
+
+
+def _named(word: str) -> str:
+    """`variant=mine.py` by the name of the variant in that file."""
+    key, _, value = word.partition("=")
+    if re.fullmatch(r"variant(/\w+)?", key) and ".py" in value:
+        return f"{key}={','.join(from_file(name) for name in value.split(','))}"
+    return word
 
 
 def _terminate(*_: Any) -> None:

@@ -1,15 +1,24 @@
-"""The contract over every preset and every pair."""
+"""The contract over every preset, every pair of parts, and samples of the whole product."""
 
-import itertools
+import random
+import re
 
 import pytest
 import torch
 
 import variants
 from variants._contract import CLAUSES, Case, check
-from variants._registry import AXES
+from variants._matrix import Pair, joined, page, pairs
+from variants._registry import AXES, index
 
 torch.set_num_threads(1)
+
+# what a pair is put to in the default suite; `-m slow` puts every pair to every clause
+SHORT = ("starts_at_base", "forward_equals_weight", "merged_equals_unmerged",
+         "only_the_adapter_trains", "saves_and_loads", "disabled_is_the_original",
+         "resumes_in_mid_schedule")  # fmt: skip
+PAIRS = list(pairs())
+SAMPLE = random.Random(0).sample([p for p in PAIRS if p.axes is not None], k=60)
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
@@ -18,31 +27,75 @@ def test_preset(preset: str, clause: str) -> None:
     CLAUSES[clause](Case(preset))
 
 
-def _pairs() -> list[dict[str, str]]:
-    """Every two parts of different axes, the others as LoRA has them."""
+def _names(pair: Pair) -> str:
+    return "-".join((*pair.first, *pair.second))
+
+
+@pytest.mark.parametrize("pair", SAMPLE, ids=_names)
+def test_a_pair_passes(pair: Pair) -> None:
+    for clause in SHORT:
+        CLAUSES[clause](Case("lora", axes=pair.axes or {}))
+
+
+def test_a_refused_pair_names_both() -> None:
+    for pair in PAIRS:
+        if pair.axes is None:
+            for axis, name in (pair.first, pair.second):
+                assert re.search(rf"\b{name}\b", pair.reason) or axis == "scale", pair
+
+
+def _product(count: int, seed: int) -> list[dict[str, str]]:
+    """Choices of a part on each axis, so that rare parts come as often as common ones."""
+    draw = random.Random(seed)
     parts = variants.parts()
-    return [
-        {a: x, b: y}
-        for a, b in itertools.combinations(AXES, 2)
-        for x, y in itertools.product(parts[a], parts[b])
-    ]
+    return [{axis: draw.choice(parts[axis]) for axis in AXES} for _ in range(count)]
 
 
-def _valid(axes: dict[str, str]) -> Case:
-    """The pair on LoRA; where the form has no scale, without one."""
-    if axes.get("form") in ("full", "factorized"):
-        axes = {"scale": "none"} | axes
-    if axes.get("allocation") == "adalora":
-        axes = {"form": "triplet"} | axes
-    return Case("lora", axes=axes)
-
-
-@pytest.mark.parametrize("axes", _pairs(), ids=lambda axes: "-".join(axes.values()))
-def test_pair_passes_or_is_refused(axes: dict[str, str]) -> None:
-    case = _valid(axes)
+def _passes_or_is_refused(choice: dict[str, str], clauses: tuple[str, ...]) -> bool:
     try:
-        case.attach()
+        axes = joined(*choice.items())
     except variants.Incompatible as refusal:
-        assert any(name in str(refusal) for name in axes.values())
-        return
-    check("lora", **case.axes)
+        assert any(re.search(rf"\b{name}\b", str(refusal)) for name in choice.values())
+        return False
+    for clause in clauses:
+        try:
+            CLAUSES[clause](Case("lora", axes=axes))
+        except AssertionError as error:
+            raise AssertionError(f"{choice}: {clause}: {error}") from error
+    return True
+
+
+def test_a_sample_of_the_product_passes_or_is_refused() -> None:
+    """Any choice on all six axes at once; most are refused, so many are drawn."""
+    passed = 0
+    for choice in _product(3000, seed=1):
+        passed += _passes_or_is_refused(choice, SHORT if passed < 40 else ())
+    assert passed >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [p for p in PAIRS if p.axes is not None], ids=_names)
+def test_every_pair_passes_all_of_it(pair: Pair) -> None:
+    check("lora", **(pair.axes or {}))
+
+
+@pytest.mark.slow
+def test_the_product_passes_or_is_refused() -> None:
+    passed = 0
+    for choice in _product(100_000, seed=2):
+        passed += _passes_or_is_refused(choice, SHORT if passed < 1500 else ())
+
+
+def test_every_part_has_a_home() -> None:
+    """A part that no preset has would be in no one's run."""
+    inside = {(a, p["name"]) for info in index()[1].values() for a, p in info.axes.items()}
+    missing = {(a, n) for a, names in variants.parts().items() for n in names} - inside
+    assert {axis for axis, _ in missing} <= {"base", "scale", "init"}, missing
+
+
+@pytest.mark.slow
+def test_the_page_of_the_matrix_is_in_step() -> None:
+    from pathlib import Path
+
+    kept = Path(__file__).parents[1] / "docs" / "matrix.md"
+    assert kept.read_text() == page(), "run `python -m variants --matrix > docs/matrix.md`"

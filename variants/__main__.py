@@ -1,5 +1,7 @@
 """python -m variants            every variant, a line each
 python -m variants NAME       one of them: paper, equation, axes, defaults, parameters, notes
+python -m variants NAME --check   puts it to the contract; --with AXIS=PART for a pair
+python -m variants --matrix   which parts compose: every pair, with the reason where not
 python -m variants --parts    every part of every axis
 python -m variants --markdown FILE    renews the table between the marks of a Markdown file
 """
@@ -83,6 +85,29 @@ def page(name: str) -> str:
     return "\n".join(lines)
 
 
+def _check(name: str, words: list[str], console: Console) -> int:
+    """Every clause of the contract, one line each; the exit code says whether all hold."""
+    from ._contract import CLAUSES, Case
+
+    axes = {}
+    for word in words:
+        axis, _, part = word.partition("=")
+        if axis not in AXES or not part:
+            raise Incompatible(f"--with {word}: AXIS=PART, an axis being one of {', '.join(AXES)}")
+        axes[axis] = part
+    case, broken = Case(name, axes=axes), 0
+    case.attach()  # a pair that is refused is said at once
+    for clause, check in CLAUSES.items():
+        try:
+            check(case)
+            console.print(f"  holds    {clause}", markup=False)
+        except AssertionError as error:
+            broken += 1
+            console.print(f"  BROKEN   {clause}: {error}", markup=False, soft_wrap=True)
+    console.print(f"{name}: {len(CLAUSES) - broken} of {len(CLAUSES)} clauses hold")
+    return int(broken > 0)
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -90,7 +115,10 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", help="a variant")
+    parser.add_argument("name", nargs="?", help="a variant, or a file that has one")
+    parser.add_argument("--check", action="store_true", help="put it to the contract")
+    parser.add_argument("--with", dest="axes", action="append", default=[], metavar="AXIS=PART")
+    parser.add_argument("--matrix", action="store_true", help="which parts compose")
     parser.add_argument("--parts", action="store_true", help="every part of every axis")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="renew a file's table")
     given = parser.parse_args()
@@ -98,6 +126,12 @@ def main() -> int:
     try:
         if given.markdown:
             given.markdown.write_text(renewed(given.markdown.read_text()))
+        elif given.matrix:
+            from ._matrix import page as matrix
+
+            print(matrix())
+        elif given.name and given.check:
+            return _check(given.name, given.axes, console)
         elif given.name:
             console.print(page(given.name), markup=False, soft_wrap=True)
         elif given.parts:

@@ -103,7 +103,7 @@ def choose(
         alpha = None
     else:
         alpha = _alpha(info.alpha if alpha is None else alpha, rank, preset)
-    choice = Choice(preset, rank=rank, alpha=alpha, notes=tuple(notes), **parts)
+    choice = Choice(info.name, rank=rank, alpha=alpha, notes=tuple(notes), **parts)
     for part in parts.values():
         part.fits(choice)
     names = set(form.shapes(8, 8, 1)) | set(form.shared_shapes(8, 8, 1))

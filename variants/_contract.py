@@ -73,8 +73,9 @@ class Case:
 
     def attach(self, model: nn.Module | None = None, **settings: Any) -> Adapter:
         model = Toy() if model is None else model
-        form = self.axes.get("form") or describe(self.preset)["axes"]["form"]["name"]
-        ranked = find_part("form", form).traits["rank_means"] is not None
+        form = self.axes.get("form") or describe(self.preset)["axes"]["form"]
+        name = form["name"] if isinstance(form, dict) else form
+        ranked = find_part("form", name).traits["rank_means"] is not None
         own = {"rank": self.rank if ranked else None, "targets": ["first", "second"]}
         known = {a: self.axes.get(a) or part for a, part in describe(self.preset)["axes"].items()}
         choice = choose(self.preset, own["rank"], **known)

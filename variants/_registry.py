@@ -3,19 +3,29 @@
 A file of this package that does not start with an underscore is a variant file. Each class in it
 that derives from an axis and has a `name=` is a part; each call of `preset(...)` names a variant.
 Defaults are literals, so that the command line can read them without running anything.
+
+A variant file may lie anywhere: its path stands for its name (`variant=mine.py`, or
+`mine.py:name` where it has several), the environment's LORA_VARIANTS lists files, and an installed
+package offers a module by an entry point of the group `lora_variants`.
 """
 
 import ast
 import difflib
 import importlib
+import importlib.util
+import os
+import sys
 import textwrap
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 AXES = ("form", "init", "scale", "allocation", "update", "base")
 PACKAGE = Path(__file__).parent
+OUTSIDE = "LORA_VARIANTS"  # files in the environment, so that the processes of a sweep have them
+GROUP = "lora_variants"  # of entry points
 
 
 class Incompatible(ValueError):
@@ -42,7 +52,7 @@ class PartInfo:
             raise Incompatible(
                 f"{self.axis} {self.name} has no setting {unknown[0]!r}; its settings: {known}"
             )
-        return getattr(importlib.import_module(self.module), self.cls)(**settings)
+        return getattr(_imported(self.module), self.cls)(**settings)
 
 
 @dataclass(frozen=True)
@@ -121,18 +131,77 @@ def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
     return PresetInfo(name=name, module=module, doc=doc, axes=axes, **given)
 
 
+def _imported(module: str) -> Any:
+    """A module of this package by its name, another by its file."""
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    name = f"{GROUP}.{module}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, module)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _files() -> list[tuple[Path, str]]:
+    """(file, module) of every variant file: this package's, then those from outside."""
+    found = [(path, f"{PACKAGE.name}.{path.stem}") for path in sorted(PACKAGE.glob("[!_]*.py"))]
+    outside = [Path(name) for name in os.environ.get(OUTSIDE, "").split(os.pathsep) if name]
+    for point in sorted(entry_points(group=GROUP)):
+        spec = importlib.util.find_spec(point.value)
+        if spec is None or spec.origin is None:
+            raise Incompatible(f"entry point {point.name} = {point.value}: no such module")
+        outside.append(Path(spec.origin))
+    return found + [(path, str(path)) for path in dict.fromkeys(outside)]
+
+
+def from_file(name: str) -> str:
+    """The name of a variant or a part; for a path, `mine.py` or `mine.py:name`, that in it."""
+    given, _, wanted = name.partition(".py:") if ".py:" in name else (name, "", "")
+    path = Path(f"{given}.py" if wanted else given).expanduser().resolve()
+    if path.suffix != ".py":
+        return name
+    if not path.is_file():
+        raise Incompatible(f"variant={name}: no such file")
+    known = os.environ.get(OUTSIDE, "").split(os.pathsep)
+    if str(path) not in known and path.parent != PACKAGE:
+        os.environ[OUTSIDE] = os.pathsep.join([*filter(None, known), str(path)])
+        index.cache_clear()
+    if wanted:
+        return wanted
+    inside = [n for n, info in index()[1].items() if _file_of(info.module) == path]
+    if len(inside) != 1:
+        raise Incompatible(
+            f"variant={name}: {len(inside)} variants in this file; name one of them: "
+            f"{name}:{inside[0] if inside else 'NAME'}"
+        )
+    return inside[0]
+
+
+def _file_of(module: str) -> Path:
+    return Path(module) if module.endswith(".py") else PACKAGE / f"{module.rpartition('.')[2]}.py"
+
+
 @cache
 def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
     """All parts, by axis and name, and all presets, by name."""
     all_parts: dict[str, dict[str, PartInfo]] = {axis: {} for axis in AXES}
     presets: dict[str, PresetInfo] = {}
-    for path in sorted(PACKAGE.glob("[!_]*.py")):
+    for path, module in _files():
         try:
-            tree, module = ast.parse(path.read_text()), f"{PACKAGE.name}.{path.stem}"
+            tree = ast.parse(path.read_text())
         except SyntaxError as error:
             raise Incompatible(
-                f"{PACKAGE.name}/{path.name}, line {error.lineno}: {error.msg}"
+                f"{path.parent.name}/{path.name}, line {error.lineno}: {error.msg}"
             ) from error
+        except OSError as error:
+            raise Incompatible(f"{OUTSIDE}: {path}: {error.strerror}") from error
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 part = _part(node, module)
@@ -190,7 +259,8 @@ def unknown(what: str, name: Any, choices: list[str]) -> Incompatible:
 
 
 def find_preset(name: str) -> PresetInfo:
-    """The preset of that name, or `Incompatible` with the choices."""
+    """The preset of that name or file, or `Incompatible` with the choices."""
+    name = from_file(name)
     if name not in index()[1]:
         raise unknown("variant", name, names())
     return index()[1][name]
@@ -200,6 +270,7 @@ def find_part(axis: str, name: str) -> PartInfo:
     """The part of that axis and name, or `Incompatible` with the choices."""
     if axis not in AXES:
         raise unknown("axis", axis, list(AXES))
+    name = from_file(name) if isinstance(name, str) else name
     if name not in index()[0][axis]:
         raise unknown(axis, name, parts()[axis])
     return index()[0][axis][name]
@@ -242,5 +313,7 @@ def describe(name: str) -> dict[str, Any]:
         "rank": form.traits["rank_means"],
         "parameters": info.parameters or form.traits["parameters"],
         "notes": notes,
-        "file": f"{info.module.replace('.', '/')}.py",
+        "file": info.module
+        if info.module.endswith(".py")
+        else f"{info.module.replace('.', '/')}.py",
     }

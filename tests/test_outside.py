@@ -1,0 +1,96 @@
+"""A variant from a file of one's own works everywhere a built-in one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import variants
+from variants._contract import Toy
+from variants._registry import OUTSIDE, index
+
+ROOT = Path(__file__).parents[1]
+HALF = '''"""HalfLoRA: half of what LoRA is, for a test of files from outside.
+
+    W = W0 + s/2 B A
+
+>>> 1 + 1
+2
+"""
+
+from dataclasses import dataclass
+
+from variants._api import LowRank
+from variants._registry import preset
+
+
+@dataclass(frozen=True)
+class Half(LowRank, name="half"):
+    """W0 + s/2 B A."""
+
+    parameters = "r*(m + n)"
+
+    def shapes(self, m, n, r):
+        return {"A": (r, n), "B": (m, r)}
+
+    def embed(self, W, A, B, s):
+        return {"A": A, "B": 2 * B}
+
+    def weight(self, W0, p, s):
+        return W0 + s / 2 * p["B"] @ p["A"]
+
+
+preset("half", form="half", rank=4, alpha=8, lr=2e-4, lr_origin="LoRA's")
+'''
+
+
+@pytest.fixture
+def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file; the registry is as before when the test is over."""
+    file = tmp_path / "half.py"
+    file.write_text(HALF)
+    monkeypatch.setenv(OUTSIDE, "")
+    index.cache_clear()
+    yield file  # type: ignore[misc]
+    os.environ[OUTSIDE] = ""
+    index.cache_clear()
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_in_python_saved_and_loaded(half: Path, tmp_path: Path) -> None:
+    adapter = variants.attach(Toy(), str(half), rank=2, init="pissa", base="nf4")
+    assert adapter.choice.preset == "half" and adapter.choice.form.name == "half"
+    adapter.save(tmp_path / "saved")
+    loaded = variants.load(Toy(), tmp_path / "saved")
+    x = torch.randn(3, 24)
+    assert torch.equal(loaded.model(x), adapter.model(x))
+    assert variants.describe("half")["file"] == str(half)
+
+
+def test_on_the_command_line_with_its_contract(half: Path, tmp_path: Path) -> None:
+    words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled",
+             f"out_dir={tmp_path}/runs"]  # fmt: skip
+    done = command("run.py", "-m", f"variant=lora,{half}", "rank=2", *words)
+    assert done.returncode == 0 and "half-r2-" in done.stdout, done.stderr
+    (found,) = (tmp_path / "runs").rglob("half-r2-*/env.json")
+    assert str(half) in found.read_text()  # its hash is among the sources'
+    done = command("-m", "variants", f"{half}:half", "--check")
+    assert done.returncode == 0 and "clauses hold" in done.stdout
+    half.write_text(HALF.replace("2 * B}", "B}"))
+    done = command("-m", "variants", str(half), "--check")
+    assert done.returncode == 1 and "BROKEN   takes_any_factors: embed" in done.stdout
+    done = command("run.py", f"variant={tmp_path}/none.py")
+    assert done.returncode == 1 and done.stderr.strip().endswith("none.py: no such file")
+
+
+def test_a_file_of_several_is_asked_by_name(half: Path) -> None:
+    half.write_text(HALF + HALF[HALF.index("preset(") :].replace('"half", form', '"hal", form'))
+    with pytest.raises(variants.Incompatible, match="2 variants in this file; name one of them"):
+        variants.describe(str(half))
+    assert variants.describe(f"{half}:hal")["name"] == "hal"
