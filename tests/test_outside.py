@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import variants
+from variants.__main__ import main
 from variants._contract import Toy
 from variants._registry import OUTSIDE, index
 
@@ -73,18 +74,23 @@ def test_in_python_saved_and_loaded(half: Path, tmp_path: Path) -> None:
     assert variants.describe("half")["file"] == str(half)
 
 
-def test_on_the_command_line_with_its_contract(half: Path, tmp_path: Path) -> None:
+def test_the_contract_is_one_command(
+    half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half.write_text(HALF.replace("2 * B}", "B}"))
+    monkeypatch.setattr(sys, "argv", ["variants", str(half), "--check"])
+    assert main() == 1
+    said = capsys.readouterr().out
+    assert "BROKEN   takes_any_factors: embed" in said and "holds    keeps_dtypes" in said
+
+
+def test_on_the_command_line(half: Path, tmp_path: Path) -> None:
     words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled",
              f"out_dir={tmp_path}/runs"]  # fmt: skip
     done = command("run.py", "-m", f"variant=lora,{half}", "rank=2", *words)
     assert done.returncode == 0 and "half-r2-" in done.stdout, done.stderr
     (found,) = (tmp_path / "runs").rglob("half-r2-*/env.json")
     assert str(half) in found.read_text()  # its hash is among the sources'
-    done = command("-m", "variants", f"{half}:half", "--check")
-    assert done.returncode == 0 and "clauses hold" in done.stdout
-    half.write_text(HALF.replace("2 * B}", "B}"))
-    done = command("-m", "variants", str(half), "--check")
-    assert done.returncode == 1 and "BROKEN   takes_any_factors: embed" in done.stdout
     done = command("run.py", f"variant={tmp_path}/none.py")
     assert done.returncode == 1 and done.stderr.strip().endswith("none.py: no such file")
 

@@ -299,7 +299,7 @@ def describe(name: str) -> dict[str, Any]:
         part = find_part(axis, chosen["name"])
         axes[axis] = {k: default for k, (_, default) in part.fields.items()} | chosen
     return {
-        "name": name,
+        "name": info.name,
         "paper": paper,
         "equation": equation,
         "axes": axes,
