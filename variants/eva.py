@@ -9,7 +9,8 @@ one matrix: the ranks r_i. A matrix that gets none is not adapted. Official code
 src/svd.py (`compute_svd`), an incremental PCA, batch after batch until the components stand still
 (cosine 0.99): the inputs are centred, which the paper does not say (`centered`). Here the moments
 of a fixed number of batches are summed, and decomposed once. s stays that of the rank asked for, as
-with PEFT's `adjust_scaling_factors` (off by a root there under rslora); train.py leaves alpha as it is.
+with PEFT's `adjust_scaling_factors` (there off by a root under rslora); the official train.py keeps
+alpha, so that s falls as a rank grows.
 
 Two layers, of which the first has all its variance in one direction:
 
@@ -94,8 +95,8 @@ class ExplainedVariance(Allocation, name="eva"):
         return min(round(self.rho * r), m, n)
 
     def reduce(self, W0: Tensor, found: Tensors, r: int) -> Tensors:
-        C = variance(found, self.centered)
-        largest = leading(C, self.most(*W0.shape, r))[1]
+        C, (m, n) = variance(found, self.centered), W0.shape
+        largest = leading(C, self.most(m, n, r))[1]
         return {"ratios": largest / C.trace().clamp_min(torch.finfo(C.dtype).tiny)}
 
     def static(

@@ -1,4 +1,4 @@
-"""GoRA: Gradient-driven Adaptive Low Rank Adaptation (He et al., 2025), arXiv:2502.12171.
+"""GoRA: Gradient-driven Adaptive Low Rank Adaptation (He et al., NeurIPS 2025), arXiv:2502.12171.
 
     r_i = round(I_i / sum(I) * sum r (m + n)) // (m_i + n_i),    I = mean |W0 * G|,
     A ~ U(-1/sqrt(n), 1/sqrt(n)),    B = -(gamma / s) sqrt(n / r) G A^T (A A^T)^-1,
