@@ -80,7 +80,8 @@ def calibrate(
                     if part.needs:
                         r = most[name] if part is choice.init else item.rank
                         own = {k: found[k] for k in part.needs}
-                        into[name] = dict(part.reduce(W0, own, r))
+                        reduced = part.reduce(W0, own, r).items()
+                        into[name] = {k: t.contiguous() for k, t in reduced}  # as from the file
         if path is not None:
             _write(path, kept)
     return kept
@@ -316,5 +317,7 @@ def _read(path: Path, model: nn.Module, planned: "Sequence[Planned]") -> tuple[F
     device = {i.site.name: model.get_submodule(i.site.path).weight.device for i in planned}
     for key, t in flat.items():
         i, name, k = key.split("|")
-        kept[int(i)].setdefault(name, {})[k] = t.to(device[name])  # type: ignore[arg-type]
+        # copied: products of memory that is not aligned as torch's differ in the last bit
+        own = t.to(device[name], copy=True)  # type: ignore[arg-type]
+        kept[int(i)].setdefault(name, {})[k] = own
     return kept
