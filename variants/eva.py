@@ -21,6 +21,15 @@ Two layers, of which the first has all its variance in one direction:
 ...          for k, v in spread.items()}
 >>> rule.shared_out({"a": 2, "b": 2}, {k: own["ratios"] for k, own in found.items()})
 {'a': 1, 'b': 3}
+
+A finds the second input, which varies most; about zero the mean would have drawn it to the third:
+
+>>> moments = {"covariance": torch.tensor([1.0, 5.0, 9.1]).diag(),
+...            "mean": torch.tensor([0.0, 0.0, 3.0])}
+>>> start = PrincipalInputs().start(W[:, :3], 1, 1.0, torch.Generator(),
+...                                 PrincipalInputs().reduce(W[:, :3], moments, 1))
+>>> [round(v, 4) for v in start.A.abs()[0].tolist()], start.B.abs().max().item()
+([0.0, 1.0, 0.0], 0.0)
 """
 
 from collections.abc import Mapping, Sequence

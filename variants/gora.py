@@ -20,6 +20,15 @@ A step against the gradient, of its size, in the plane that A happens to span:
 >>> step = 2.0 * start.B @ start.A
 >>> round((step.norm() / G.norm()).item(), 1), bool((step * G).sum() < 0)
 (0.5, True)
+
+A budget of 4 (10 + 10) + 4 (10 + 30) = 240 numbers, of which importance gives each matrix half:
+
+>>> from types import SimpleNamespace as Item
+>>> planned = [Item(site=Item(name=k), shape=(10, n), rank=4) for k, n in (("a", 10), ("b", 30))]
+>>> found = {k: Importance().reduce(W, {"gradient": -W}, 4) for k, W in
+...          (("a", torch.ones(10, 10)), ("b", torch.eye(10, 30) * 30**0.5))}
+>>> Importance().static(planned, found)
+{'a': 6, 'b': 3}
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,6 +20,14 @@ KaSA truncates as the paper, and sums over layers with Gram matrices [r, r] (`ru
 >>> p = {"A": torch.eye(2), "B": torch.eye(2), "d": torch.tensor([0.5, -3.0])}
 >>> KaSA().weight(torch.zeros(2, 2), p, 2.0).diag().tolist()
 [1.0, -6.0]
+
+Of one matrix, d^2 = 9, ||A^T A - I|| = 1 and ||B B^T - I|| = sqrt(1 + 1 + 3^2):
+
+>>> from types import SimpleNamespace
+>>> p = {"A": torch.eye(1, 2), "B": torch.eye(3, 1) * 2, "d": torch.tensor([3.0])}
+>>> rule = Regularized(beta=1.0, gamma=10.0)
+>>> round(rule.penalty({"x": SimpleNamespace(params=p)}).item(), 3)
+52.166
 """
 
 from collections.abc import Mapping
@@ -120,10 +128,10 @@ class Regularized(Allocation, name="kasa"):
             for narrow in (p["A"], p["B"].mT):  # [r, n], [r, m]
                 r, wide = narrow.shape
                 one = torch.eye(r, dtype=narrow.dtype, device=narrow.device)
-                square = (narrow @ narrow.mT - one).square().sum()
-                # ||X^T X - I_n||^2 = ||X X^T - I_r||^2 + n - r
-                extra = wide - r if self.rule == "authors" else 0
-                terms.append(self.gamma * (square + extra).sqrt())
+                off = (narrow @ narrow.mT - one).flatten()
+                if self.rule == "authors":  # ||X^T X - I_n||^2 = ||X X^T - I_r||^2 + n - r
+                    off = torch.cat([off, off.new_full((1,), (wide - r) ** 0.5)])
+                terms.append(self.gamma * torch.linalg.vector_norm(off))
         total = torch.stack(terms).sum()
         return total / len(layers) if self.rule == "authors" else total
 

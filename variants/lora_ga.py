@@ -16,11 +16,12 @@ direction `random` and scale `weightS` are not here.
 Directions of A and of B are different ones, each of the length m^(1/4) / sqrt(gamma):
 
 >>> import torch
->>> start = LoRAGA(gamma=4.0).start(torch.zeros(16, 16), 1, 1.0, torch.Generator(),
-...     LoRAGA().reduce(torch.zeros(16, 16), {"gradient": torch.arange(16.0).diag()}, 1))
+>>> G = torch.arange(20.0).diag()[4:]
+>>> found = LoRAGA().reduce(G, {"gradient": G}, 1)
+>>> start = LoRAGA(gamma=4.0).start(torch.zeros(16, 20), 1, 3.0, torch.Generator(), found)
 >>> [[(int(i), round(t.abs().max().item(), 4)) for i in t.abs().argmax().view(1)]
 ...  for t in (start.A, start.B)]
-[[(15, 1.0)], [(14, 1.0)]]
+[[(19, 1.0)], [(14, 1.0)]]
 """
 
 from dataclasses import dataclass
