@@ -698,7 +698,7 @@ def _layer(
         _check(name, p, item.tensors)
     else:
         stored = frozen.stored.dense().to(W0.dtype)
-        if start is None:
+        if start is None or start.A is None:
             p = dict(choice.form.start(stored, item.rank, s, generator))
         else:
             p = dict(choice.form.embed(stored, start.A, start.B, s))  # type: ignore[attr-defined]

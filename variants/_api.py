@@ -148,10 +148,11 @@ class Start:
 
     With `subtract` = (A0, B0) the stored base becomes W0 - s B0 A0. The factors are kept, so that
     the original stays at hand; an init that moves the base by what it trains gives (A, B) itself.
+    Without A and B (both None) the form's own start follows on the moved base.
     """
 
-    A: Tensor
-    B: Tensor
+    A: Tensor | None
+    B: Tensor | None
     subtract: tuple[Tensor, Tensor] | None = None
 
 
@@ -159,10 +160,13 @@ class Measuring(Part):
     """A part that may look at calibration batches before training begins.
 
     Statistics of a matrix W [m, n] by name: `covariance` [n, n], the mean of x x^T over the tokens
-    that reach the layer; `gradient` [m, n], the mean over the batches of the loss's gradient.
+    that reach the layer, and `mean` [n], that of x; `scaled_covariance` [n, n], the mean over the
+    samples of the sum of x x^T over a sample's tokens, after division by the sample's largest
+    entry; `gradient` [m, n], the mean over the batches of the loss's gradient. A field `batches`
+    says how many batches the part takes.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()  # of `covariance`, `gradient`
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def reduce(self, W0: Tensor, found: Tensors, r: int) -> Tensors:
         """What is kept of one layer's statistics, for `r` directions; small where it can be."""
@@ -216,6 +220,10 @@ class Allocation(Measuring):
     keeps_scale: ClassVar[bool] = (
         False  # s stays that of the rank asked for, whatever `static` says
     )
+
+    def most(self, m: int, n: int, r: int) -> int:
+        """The largest rank that `static` may give to an [m, n] matrix that was asked for r."""
+        return r
 
     def static(
         self, planned: "Sequence[Planned]", found: Mapping[str, Tensors]

@@ -3,10 +3,13 @@
 One pass serves every part that asks. Raw activations are never kept: what a batch adds is summed
 at once, and what a layer's statistics are reduced to (`reduce`) takes their place before the next
 group of layers is measured. A group is as many layers as fit into `HELD` bytes; what came of it
-lies in a cache, under the model's and the batches' content.
+lies in a cache, under the content of the model, of the batches and of the code that reduced it.
+
+The model is measured in eval mode: no dropout, so that equal batches give equal statistics.
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import _svd
 from ._api import Measuring, wide
 from ._kinds import kind_of, matrix_of
 from ._registry import Incompatible
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
     from ._adapter import Choice, Planned
 
 HELD = 4 * 2**30  # bytes of statistics at a time
+CACHED_FROM = 2**22  # numbers in the model: below, measuring is cheaper than the file
+CACHED_TO = 2 * 2**30  # bytes that were kept: above, the file is not worth its place
+BATCHES = 8  # for a part that does not say how many it takes
+INPUTS = ("covariance", "mean", "scaled_covariance")
+STATISTICS = (*INPUTS, "gradient")
 Found = dict[str, dict[str, Tensor]]  # by layer, by statistic
 
 
@@ -35,31 +44,46 @@ def calibrate(
 ) -> tuple[Found, Found]:
     """(what the init, what the allocation kept) of each planned matrix.
 
+    No more batches are drawn than the part that takes most asks for; fewer are taken as they are.
+
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
     """
-    count = max((getattr(p, "batches", 0) for p in (choice.init, choice.allocation)), default=0)
+    parts: tuple[Measuring, Measuring] = (choice.init, choice.allocation)
+    wanted = tuple(dict.fromkeys((*choice.init.needs, *choice.allocation.needs)))
+    unknown = [k for k in wanted if k not in STATISTICS]
+    if unknown:
+        raise Incompatible(f"needs={unknown[0]}: no such statistic; choices: {STATISTICS}")
     batches = []
+    count = max(getattr(part, "batches", BATCHES) for part in parts if part.needs)
     for batch in calibration:
         batches.append(batch)
-        if len(batches) == count:
+        if len(batches) >= count:
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
-    parts: tuple[Measuring, Measuring] = (choice.init, choice.allocation)
-    wanted = tuple(dict.fromkeys((*choice.init.needs, *choice.allocation.needs)))
-    path = _cache_file(model, planned, batches, wanted, parts)
-    kept = _read(path)
+    for item in planned:
+        kind = kind_of(model.get_submodule(item.site.path))
+        if not kind.drops and any(k in INPUTS for k in wanted):
+            raise Incompatible(f"calibration: the input of {item.site.name} is no vector of "
+                               f"numbers, so it has no {wanted[0]}")  # fmt: skip
+    ranks = [choice.allocation.most(*item.shape, item.rank) for item in planned]
+    path = _cache_file(model, planned, ranks, batches, wanted, parts)
+    kept = None if path is None else _read(path, model, planned)
     if kept is None:
         kept = ({}, {})
+        most = {item.site.name: r for item, r in zip(planned, ranks, strict=True)}
         for group in _groups(planned, wanted):
             for item, found in _measure(model, group, batches, wanted):
-                W0 = _matrix(model, item)
+                W0, name = _matrix(model, item), item.site.name
                 for part, into in zip(parts, kept, strict=True):
                     if part.needs:
+                        r = most[name] if part is choice.init else item.rank
                         own = {k: found[k] for k in part.needs}
-                        into[item.site.name] = dict(part.reduce(W0, own, item.rank))
-        _write(path, kept)
+                        reduced = part.reduce(W0, own, r).items()
+                        into[name] = {k: t.contiguous() for k, t in reduced}  # as from the file
+        if path is not None:
+            _write(path, kept)
     return kept
 
 
@@ -74,13 +98,43 @@ def _groups(planned: "Sequence[Planned]", wanted: tuple[str, ...]) -> Iterator[l
     held = 0
     for item in planned:
         m, n = item.shape
-        own = 4 * (n * n * ("covariance" in wanted) + m * n * ("gradient" in wanted))
+        squares = ("covariance" in wanted) + ("scaled_covariance" in wanted)
+        own = 4 * (n * n * squares + n * ("mean" in wanted) + m * n * ("gradient" in wanted))
         if group and held + own > HELD:
             yield group
             group, held = [], 0
         group.append(item)
         held += own
     yield group
+
+
+class _Sums:
+    """Of one layer: the sum of each statistic, and over how many it goes."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor, count: int) -> None:
+        if name in self.totals:
+            self.totals[name] += value
+        else:
+            self.totals[name] = value
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def add_inputs(self, samples: Sequence[Tensor], wanted: Sequence[str]) -> None:
+        """What the samples [tokens, n] of one forward add."""
+        x = torch.cat(list(samples))
+        if "covariance" in wanted:
+            self.add("covariance", x.mT @ x, len(x))
+        if "mean" in wanted:
+            self.add("mean", x.sum(0), len(x))
+        for sample in samples if "scaled_covariance" in wanted else ():
+            scaled = sample / sample.max().abs()
+            self.add("scaled_covariance", scaled.mT @ scaled, 1)
+
+    def means(self) -> dict[str, Tensor]:
+        return {k: t / self.counts[k] for k, t in self.totals.items()}
 
 
 def _measure(
@@ -93,9 +147,8 @@ def _measure(
     by_path: dict[str, list[Planned]] = {}
     for item in group:
         by_path.setdefault(item.site.path, []).append(item)
-    sums: dict[str, dict[str, Tensor]] = {path: {} for path in by_path}
-    rows = dict.fromkeys(by_path, 0)
-    with _watched(model, by_path, wanted, sums, rows) as mask:
+    sums = {path: _Sums() for path in by_path}
+    with _watched(model, sums, wanted) as mask:
         for batch in batches:
             mask["of"] = batch.get("attention_mask")
             with torch.set_grad_enabled("gradient" in wanted):
@@ -105,10 +158,9 @@ def _measure(
                 for path in by_path:
                     _add_gradient(model.get_submodule(path), sums[path])
     for path, items in by_path.items():
-        means = {
-            k: t / (rows[path] if k == "covariance" else len(batches))
-            for k, t in sums.pop(path).items()
-        }
+        if "gradient" in sums[path].counts:  # of the loss over all batches, wherever they went
+            sums[path].counts["gradient"] = len(batches)
+        means = sums.pop(path).means()
         for k in wanted:
             if k not in means or not torch.isfinite(means[k]).all():
                 what = "not finite" if k in means else "missing: nothing reached the layer"
@@ -122,35 +174,30 @@ def _measure(
 
 @contextmanager
 def _watched(
-    model: nn.Module,
-    paths: Iterable[str],
-    wanted: tuple[str, ...],
-    sums: dict[str, dict[str, Tensor]],
-    rows: dict[str, int],
+    model: nn.Module, sums: Mapping[str, _Sums], wanted: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     """The model in eval mode, only the watched weights asking for gradients; then as before."""
-    modules = {path: model.get_submodule(path) for path in paths}
+    modules = {path: model.get_submodule(path) for path in sums}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     training = [(m, m.training) for m in model.modules()]
     mask: dict[str, Any] = {"of": None}
     hooks = []
-    model.eval()
-    model.requires_grad_(False)
-    for path, module in modules.items():
-        if "gradient" in wanted:
-            module.weight.requires_grad_(True)  # type: ignore[union-attr]
-            module.weight.grad = None  # type: ignore[union-attr]
-        if "covariance" in wanted:
-
-            def add(module: nn.Module, args: Any, path: str = path) -> None:
-                x = _tokens(module, args[0].detach(), mask["of"])
-                x = x.to(wide(x.dtype))
-                total = sums[path].setdefault("covariance", x.new_zeros(x.shape[1], x.shape[1]))
-                total.addmm_(x.mT, x)
-                rows[path] += x.shape[0]
-
-            hooks.append(module.register_forward_pre_hook(add))
     try:
+        model.eval()
+        model.requires_grad_(False)
+        for path, module in modules.items():
+            if "gradient" in wanted:
+                module.weight.requires_grad_(True)  # type: ignore[union-attr]
+                module.weight.grad = None  # type: ignore[union-attr]
+            if any(k in INPUTS for k in wanted):
+
+                @torch.no_grad()
+                def add(module: nn.Module, args: Any, path: str = path) -> None:
+                    samples = _samples(module, args[0].detach(), mask["of"])
+                    if samples:
+                        sums[path].add_inputs(samples, wanted)
+
+                hooks.append(module.register_forward_pre_hook(add))
         yield mask
     finally:
         for hook in hooks:
@@ -162,20 +209,26 @@ def _watched(
             module.training = was
 
 
-def _tokens(module: nn.Module, x: Tensor, mask: Any) -> Tensor:
-    """The inputs [tokens, n] that W multiplies, without padding."""
+def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:
+    """The inputs [tokens, n] that W multiplies, one for each sample, without padding."""
     x = kind_of(module)(module).inputs(x)
-    if mask is not None and x.ndim == 3 and tuple(mask.shape) == tuple(x.shape[:2]):
-        return x[mask.to(x.device).bool()]
-    return x.reshape(-1, x.shape[-1])
+    x = x.to(wide(x.dtype))
+    mask = None if mask is None or mask.ndim != 2 else mask.to(x.device).bool()
+    if mask is not None and x.ndim == 2 and len(x) == mask.numel():
+        x = x.view(*mask.shape, -1)  # a layer that takes all tokens of the batch in one row
+    if x.ndim == 2:
+        return [x]
+    x = x.reshape(-1, *x.shape[-2:])
+    if mask is not None and mask.shape == x.shape[:2]:
+        return [own[real] for own, real in zip(x, mask, strict=True) if real.any()]
+    return list(x)
 
 
-def _add_gradient(module: Any, sums: dict[str, Tensor]) -> None:
+def _add_gradient(module: Any, sums: _Sums) -> None:
     grad, module.weight.grad = module.weight.grad, None
-    if grad is None:
-        return
-    G = kind_of(module)(module).to_matrix(grad).to(wide(grad.dtype))
-    sums["gradient"] = sums["gradient"] + G if "gradient" in sums else G.clone()
+    if grad is not None:
+        G = kind_of(module)(module).to_matrix(grad)
+        sums.add("gradient", G.to(wide(grad.dtype)), 1)
 
 
 def _loss(out: Any) -> Tensor:
@@ -190,39 +243,59 @@ def _loss(out: Any) -> Tensor:
 def _cache_file(
     model: nn.Module,
     planned: "Sequence[Planned]",
+    ranks: Sequence[int],
     batches: Sequence[Mapping[str, Any]],
     wanted: tuple[str, ...],
     parts: tuple[Measuring, Measuring],
-) -> Path:
-    """Named by all that the statistics depend on."""
-    what = [(i.site.name, i.shape, i.rank) for i in planned]
-    digest = hashlib.sha256(f"{what} {wanted} {parts}".encode())
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
+) -> Path | None:
+    """Named by all that the statistics depend on; None where no file is worth it."""
+    if sum(p.numel() for p in model.parameters()) < CACHED_FROM:
+        return None
+    what = [(i.site, i.shape, i.rank, r) for i, r in zip(planned, ranks, strict=True)]
+    kind, config = type(model).__qualname__, getattr(model, "config", None)
+    digest = hashlib.sha256(f"{what} {wanted} {parts} {kind} {config}".encode())
+    try:
+        files = {inspect.getfile(type(part)) for part in parts} | {_svd.__file__, __file__}
+    except (OSError, TypeError):  # a part that was typed in: its code cannot be told apart
+        return None
+    for file in sorted(files):
+        digest.update(Path(file).read_bytes())
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)} {p.device.type}".encode())
         flat = p.detach().reshape(-1)
         step = max(1, flat.numel() // 4096)
-        digest.update(flat[::step].float().cpu().contiguous().view(torch.uint8).numpy().data)
-        digest.update(f"{flat.double().sum().item():.17g}".encode())
+        digest.update(_bytes(flat[::step]))
+        digest.update(f"{flat.sum(dtype=torch.float64).item():.17g}".encode())
     for batch in batches:
         for name, value in sorted(batch.items()):
             digest.update(name.encode())
             if isinstance(value, Tensor):
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            else:
+                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                digest.update(_bytes(value))
+            elif isinstance(value, bool | int | float | str) or value is None:
                 digest.update(repr(value).encode())
+            else:  # no telling what a repr of it leaves out
+                return None
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
     return Path(root) / "statistics" / f"{digest.hexdigest()}.safetensors"
+
+
+def _bytes(t: Tensor) -> Any:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, kept: tuple[Found, Found]) -> None:
     from ._io import write_tensors
 
-    flat = {
-        f"{i}|{name}|{k}": t
-        for i, found in enumerate(kept)
-        for name, own in found.items()
-        for k, t in own.items()
-    }
+    flat, seen = {}, set()
+    for i, found in enumerate(kept):
+        for name, own in found.items():
+            for k, t in own.items():  # slices of a fused layer share one covariance
+                shared = t.untyped_storage().data_ptr() in seen
+                seen.add(t.untyped_storage().data_ptr())
+                flat[f"{i}|{name}|{k}"] = t.clone() if shared else t
+    if sum(t.nbytes for t in flat.values()) > CACHED_TO:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, flat)
@@ -230,7 +303,7 @@ def _write(path: Path, kept: tuple[Found, Found]) -> None:
         return  # a cache that cannot be written costs time, no more
 
 
-def _read(path: Path) -> tuple[Found, Found] | None:
+def _read(path: Path, model: nn.Module, planned: "Sequence[Planned]") -> tuple[Found, Found] | None:
     from safetensors.torch import load_file
 
     if not path.exists():
@@ -241,7 +314,10 @@ def _read(path: Path) -> tuple[Found, Found] | None:
     except Exception:  # cut short or not ours: measured again, and replaced
         path.unlink(missing_ok=True)
         return None
+    device = {i.site.name: model.get_submodule(i.site.path).weight.device for i in planned}
     for key, t in flat.items():
         i, name, k = key.split("|")
-        kept[int(i)].setdefault(name, {})[k] = t
+        # copied: products of memory that is not aligned as torch's differ in the last bit
+        own = t.to(device[name], copy=True)  # type: ignore[arg-type]
+        kept[int(i)].setdefault(name, {})[k] = own
     return kept

@@ -1,4 +1,8 @@
-"""Top singular triplets of a matrix: exact, or by a seeded block Krylov method, and a cache.
+"""Singular triplets of a matrix, any slice of them: exact, or by a seeded block Krylov method.
+
+One engine for every start that is made of a decomposition: a source matrix M (the weight, a
+gradient, weight times covariance), a slice of its triplets (`sliced`), a split into two factors
+(`balanced`); whether the base gives up what they hold is the init's to say. Factors are cached.
 
 The Krylov method (Musco & Musco 2015, arXiv:1504.05477) keeps every block of the power iteration
 where `torch.svd_lowrank` keeps the last: six to twelve blocks of r + 16 columns are exact to fp32
@@ -16,6 +20,7 @@ from torch import Tensor
 OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
 RESIDUAL = 1e-5  # of the largest singular value
 CACHED_FROM = 2**20  # entries: below, computing is cheaper than the file
+SLICES = ("top", "last", "middle", "random")
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r] descending, Vh [r, n]
 
 
@@ -53,20 +58,32 @@ def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
 
 def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
     """The top r triplets of W (fp32 or fp64), from the cache where W is large and known."""
+    return sliced(W, r, "top", method, generator)
+
+
+def sliced(
+    M: Tensor, r: int, which: str, method: str, generator: torch.Generator, cached: bool = True
+) -> Triplets:
+    """r triplets of M, S descending: the `top` ones, the `last`, the `middle`, or `random` ones.
+
+    `method` is of the top ones, `exact` or `krylov`; all others need the full decomposition.
+    """
+    if which not in SLICES:
+        raise ValueError(f"which={which}: no such slice; choices: {', '.join(SLICES)}")
     if method not in ("exact", "krylov"):
         raise ValueError(f"method={method}: no such decomposition; choices: exact, krylov")
-    if W.numel() < CACHED_FROM:
-        return _compute(W, r, method, generator)
+    if M.numel() < CACHED_FROM or not cached:
+        return _compute(M, r, which, method, generator)
     from safetensors.torch import load_file, save_file
 
-    path = _cache_file(W, r, method, generator)
+    path = _cache_file(M, r, which, method, generator)
     if path.exists():
         try:
-            found = load_file(path, device=str(W.device))
+            found = load_file(path, device=str(M.device))
             return found["U"], found["S"], found["Vh"]
         except Exception:  # cut short or not ours: computed again below, and replaced
             path.unlink(missing_ok=True)
-    U, S, Vh = _compute(W, r, method, generator)
+    U, S, Vh = _compute(M, r, which, method, generator)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     save_file({"U": U, "S": S, "Vh": Vh.contiguous()}, part)
@@ -74,17 +91,39 @@ def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
     return U, S, Vh
 
 
-def _compute(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
+def leading(M: Tensor, r: int) -> Triplets:
+    """The top r triplets of a statistic, which is met once: no cache, and a seed of its own."""
+    return sliced(M, r, "top", "krylov", torch.Generator().manual_seed(0), cached=False)
+
+
+def balanced(U: Tensor, S: Tensor, Vh: Tensor, s: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(A, B) with s B A = U S V^T, each with the root of S / s."""
+    root = (S / s).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def _compute(M: Tensor, r: int, which: str, method: str, generator: torch.Generator) -> Triplets:
     # from the seed, not from where the generator is: what is drawn after does not hang on the cache
     own = torch.Generator().manual_seed(generator.initial_seed())
-    return exact(W, r) if method == "exact" else krylov(W, r, own)
+    if which == "top":
+        return exact(M, r) if method == "exact" else krylov(M, r, own)
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    count = len(S)
+    if which == "random":
+        chosen = torch.randperm(count, generator=own)[:r].sort().values.to(M.device)
+        return U[:, chosen], S[chosen], Vh[chosen]
+    first = count - r if which == "last" else (count - r) // 2
+    cut = slice(first, first + r)
+    return U[:, cut].contiguous(), S[cut].clone(), Vh[cut].contiguous()
 
 
-def _cache_file(W: Tensor, r: int, method: str, generator: torch.Generator) -> Path:
-    """Named by all that the factors depend on: the weight's content, rank, method and seed."""
-    seed = generator.initial_seed() if method == "krylov" else 0
-    rule = f"{method} {OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL}"
-    digest = hashlib.sha256(f"{tuple(W.shape)} {W.dtype} {r} {rule} {seed}".encode())
-    digest.update(W.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+def _cache_file(M: Tensor, r: int, which: str, method: str, generator: torch.Generator) -> Path:
+    """Named by all that the factors depend on: the content of M, rank, slice, method and seed."""
+    drawn = which == "random" or (which == "top" and method == "krylov")
+    seed = generator.initial_seed() if drawn else 0
+    rule = f"{which} {method if which == 'top' else 'exact'} "
+    rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL}"
+    digest = hashlib.sha256(f"{tuple(M.shape)} {M.dtype} {r} {rule} {seed}".encode())
+    digest.update(M.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
     return Path(root) / "factors" / f"{digest.hexdigest()}.safetensors"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._api import Init, Start, Tensors
 from ._registry import preset
-from ._svd import top
+from ._svd import balanced, sliced
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class PiSSA(Init, name="pissa"):
     def start(
         self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
     ) -> Start:
-        U, S, Vh = top(W0, r, self.method, generator)
-        root = (S / s).sqrt()
-        A, B = root[:, None] * Vh, U * root
+        A, B = balanced(*sliced(W0, r, "top", self.method, generator), s)
         return Start(A, B, subtract=(A, B))
 
 
