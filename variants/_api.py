@@ -226,6 +226,9 @@ class Allocation(Measuring):
         """The state before the first step of a run of `steps` optimizer steps."""
         return {}
 
+    def resumed(self, layers: Mapping[str, "Adapted"], state: dict[str, Any]) -> None:
+        """Puts into the layers what `state` says of them (`seen`): a run continues from it."""
+
     def penalty(self, layers: Mapping[str, "Adapted"]) -> Tensor | None:
         """A term of the training loss, and of no other; None: no term."""
         return None
