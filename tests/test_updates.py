@@ -247,3 +247,179 @@ def test_lora_fa_keeps_x_a_and_not_x() -> None:
     """fp32 bytes of 1,000 tokens of 512 numbers at rank 8: x for LoRA, x A^T for LoRA-FA."""
     assert kept_bytes("lora") == 4 * 1000 * 512
     assert kept_bytes("lora_fa") == 4 * 1000 * 8
+
+
+# The factors' geometry
+
+
+def inverse(gram: Tensor, damping: float) -> Tensor:
+    return torch.inverse(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("damping", [1e-6, 0.1])
+def test_riemannian(rule: str, damping: float) -> None:
+    """Scaled AdamW and scaled GD by hand, B zero at the start as in LoRA."""
+    update = {"name": "riemannian", "rule": rule, "damping": damping}
+    adapter, _ = fresh("riemannian", update=update)
+    A, B, s = start(adapter)
+    found = run(adapter, weight_decay=0.1)
+    of_A, of_B = (Adam(), Adam()) if rule == "adamw" else (lambda g: g, lambda g: g)
+    for lr in rates():
+        G = gradient(W0 + s * B @ A)
+        dA = of_A(inverse(B.T @ B, damping) @ (s * B.T @ G))
+        dB = of_B((s * G @ A.T) @ inverse(A @ A.T, damping))
+        A, B = (1 - lr * 0.1) * A - lr * dA, (1 - lr * 0.1) * B - lr * dB
+    same(found, A, B)
+
+
+def test_riemannian_equals_peft() -> None:
+    """PEFT's create_riemannian_optimizer with its damping, after AdamW: 10 steps, 1e-8."""
+    update = {"name": "riemannian", "damping": 1e-2}
+    ours, theirs, modules = beside_peft("riemannian", torch.float64, update=update)
+    peft_optimizers = pytest.importorskip("peft.optimizers")
+    if not hasattr(peft_optimizers, "create_riemannian_optimizer"):
+        pytest.skip("this PEFT has no Riemannian optimizer")
+    other = peft_optimizers.create_riemannian_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, reg=1e-2, weight_decay=0.02
+    )
+    train_both(ours, theirs, ours.optimizer(lr=1e-3, weight_decay=0.02), other, 10)
+    compare(ours, modules, "AB", 1e-8)
+
+
+TURN = torch.tensor([[3.0, 1.0, 0.0], [0.0, -0.2, 0.5], [0.3, 0.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("update", "moves_alike"),
+    [
+        ({"name": "riemannian", "rule": "sgd", "damping": 0.0}, True),
+        ({"name": "lora_rite"}, True),
+        ({"name": "lora_rite", "escape": False, "clip": 0.0, "skip": 0.0}, True),
+        ({"name": "adamw"}, False),
+        ({"name": "riemannian"}, False),  # moments of single numbers are no invariants
+    ],
+    ids=str,
+)
+def test_steps_do_not_depend_on_the_basis(update: dict[str, Any], moves_alike: bool) -> None:
+    """s B A after 30 steps from (A, B) and from (R^-1 A, B R): 1e-6, as eps is no invariant."""
+    ends = []
+    for turn in (torch.eye(R, dtype=torch.float64), TURN):
+        adapter, _ = fresh("lora", zero=False, update=update)
+        p = adapter.layers["0"].params
+        p["A"].data, p["B"].data = torch.inverse(turn) @ p["A"].data, p["B"].data @ turn
+        found = run(adapter, weight_decay=0.01)
+        ends.append(found["B"] @ found["A"])
+    error = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
+    assert (error < 1e-6) == moves_alike, error
+
+
+def pro_by_hand(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float, X: Tensor | None) -> Any:
+    """Theorem 2.1; X given, or of Theorem 2.3 by the Kronecker form of its Sylvester equation."""
+    d, eye = 1e-8, torch.eye(len(A), dtype=A.dtype)
+    BB, AA = B.T @ B, A @ A.T
+    if X is None:
+        C = -(1 / s**2) * inverse(BB, d) @ gA @ A.T
+        system = torch.kron(BB.contiguous(), eye) + torch.kron(eye, AA.T.contiguous())
+        X = torch.linalg.solve(system, C.reshape(-1)).reshape(len(A), len(A))
+    new_A = (1 / s**2) * inverse(BB, d) @ gA + X @ A
+    project = torch.eye(len(B), dtype=A.dtype) - B @ inverse(BB, d) @ B.T
+    new_B = (1 / s**2) * project @ gB @ inverse(AA, d) - B @ X
+    return new_A, new_B
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_lora_pro(mode: str, zero: bool) -> None:
+    """Algorithm 2 by hand (and its efficient form); from B = 0 the second step divides by B's size.
+
+    From B = 0 the comparison is 1e-6, as B^T B of the first steps is inverted.
+    """
+    adapter, _ = fresh("lora_pro", zero=zero, update={"name": "lora_pro", "mode": mode})
+    A, B, s = start(adapter)
+    found = run(adapter, weight_decay=0.1, lr=0.01)
+    of_W, of_A, of_B = Adam(), Adam(), Adam()
+    for lr in rates(0.01):
+        G = gradient(W0 + s * B @ A)
+        gA, gB = pro_by_hand(A, B, s * B.T @ G, s * G @ A.T, s, None)
+        if mode == "full":
+            g = of_W(s * (B @ gA + gB @ A))
+            dA, dB = pro_by_hand(A, B, s * B.T @ g, s * g @ A.T, s, None)
+        else:
+            dA, dB = of_A(gA), of_B(gB)
+        A, B = (1 - lr * 0.1) * A - lr * dA, (1 - lr * 0.1) * B - lr * dB
+    same(found, A, B, 1e-6 if zero else 1e-8)
+
+
+def test_lora_pro_s_gradient_of_w_does_not_depend_on_x() -> None:
+    """s (B g_A' + g_B' A) of any X is that of the file's X, and the nearest there is to G."""
+    from variants.lora_pro import adjusted
+
+    g = torch.Generator().manual_seed(0)
+    A, B, G = (torch.randn(*n, generator=g).double() for n in ((R, N), (M, R), (M, N)))
+    s = 2.5
+    gA, gB = adjusted(A, B, s * B.T @ G, s * G @ A.T, s, 1e-8)
+    for X in (torch.zeros(R, R).double(), torch.randn(R, R, generator=g).double()):
+        other = pro_by_hand(A, B, s * B.T @ G, s * G @ A.T, s, X)
+        close(s * (B @ gA + gB @ A), s * (B @ other[0] + other[1] @ A))
+    leaves = [t.clone().requires_grad_() for t in (gA, gB)]
+    (s * (B @ leaves[0] + leaves[1] @ A) - G).square().sum().backward()
+    for leaf in leaves:  # the distance to the full gradient is at its least
+        assert leaf.grad is not None and leaf.grad.abs().max() < 1e-6
+
+
+class RiteByHand:
+    """Algorithm 1 of the paper for one column factor a [k, r] with partner b [l, r]."""
+
+    def __init__(self, k: int, ell: int, escape: bool) -> None:
+        self.V, self.M = torch.zeros(R, R).double(), torch.zeros(k, R).double()
+        self.U, self.rho, self.t, self.escape = torch.zeros(ell, R).double(), 0.0, 0, escape
+
+    def unmagnified(self, g: Tensor, b: Tensor) -> Tensor:
+        """By a polar decomposition, the paper's, where the package takes QR."""
+        left, S, right = torch.linalg.svd(b, full_matrices=False)
+        self.new, self.root = left @ right, right.T @ torch.diag(S) @ right
+        return g @ torch.linalg.pinv(self.root)
+
+    def direction(self, u: Tensor) -> Tensor:
+        self.t += 1
+        b1, b2 = ((1 - b ** (self.t - 1)) / (1 - b**self.t) * b for b in (0.9, 0.999))
+        P = self.new.T @ self.U
+        V = P @ self.V @ P.T
+        if self.escape:
+            lost = (torch.linalg.eigvalsh(self.V) - torch.linalg.eigvalsh(V)).max()
+            lost = min(lost.item(), (self.V.trace() - V.trace()).item())
+            self.rho = b2 * (self.rho + max(lost, 0.0))
+        self.V, self.U = b2 * V + (1 - b2) * u.T @ u / len(u), self.new
+        values, vectors = torch.linalg.eigh(self.V)
+        values = 1 / ((values.clamp_min(0) + self.rho).sqrt() + 1e-6)
+        self.M = b1 * self.M @ P.T + (1 - b1) * u @ vectors @ torch.diag(values) @ vectors.T
+        return self.M @ torch.linalg.pinv(self.root).T
+
+
+@pytest.mark.parametrize("escape", [True, False])
+@pytest.mark.parametrize("clip", [1.0, 0.05])
+def test_lora_rite(escape: bool, clip: float) -> None:
+    """Algorithm 1 by hand with polar decompositions, in the place of QR: 30 steps, 1e-8."""
+    update = {"name": "lora_rite", "escape": escape, "clip": clip}
+    adapter, _ = fresh("lora_rite", zero=False, update=update)
+    A, B, s = start(adapter)
+    found = run(adapter, weight_decay=0.1)
+    of_A, of_B = RiteByHand(N, M, escape), RiteByHand(M, N, escape)
+    for lr in rates():
+        G = gradient(W0 + s * B @ A)
+        uA = of_A.unmagnified((s * B.T @ G).T, B)
+        uB = of_B.unmagnified(s * G @ A.T, A.T)
+        norm = (uA.square().sum() + uB.square().sum()).sqrt().item()
+        cut = min(1.0, clip / norm)
+        dA, dB = of_A.direction(cut * uA).T, of_B.direction(cut * uB)
+        A, B = (1 - lr * 0.1) * A - lr * dA, (1 - lr * 0.1) * B - lr * dB
+    same(found, A, B)
+
+
+def test_lora_rite_leaves_out_a_large_gradient() -> None:
+    """A factor whose unmagnified gradient has a root mean square above `skip` has none."""
+    adapter, _ = fresh("lora_rite", update={"name": "lora_rite", "skip": 1e-6})
+    A, B, _ = start(adapter)
+    found = run(adapter, steps=1)
+    assert torch.equal(found["A"], A) and torch.equal(found["B"], B)
