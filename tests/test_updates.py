@@ -423,3 +423,125 @@ def test_lora_rite_leaves_out_a_large_gradient() -> None:
     A, B, _ = start(adapter)
     found = run(adapter, steps=1)
     assert torch.equal(found["A"], A) and torch.equal(found["B"], B)
+
+
+# What moves the base, or trains it
+
+
+@pytest.mark.parametrize("begin", [-1, 4])
+def test_delta_lora(begin: int) -> None:
+    """Algorithm 1 by hand, t from 0, the base moving while t > K; its original comes back."""
+    adapter, model = fresh("delta_lora", update={"name": "delta_lora", "start": begin})
+    A, B, s = start(adapter)
+    base, of_A, of_B = W0.clone(), Adam(), Adam()
+    found = run(adapter, weight_decay=0.1)
+    for t, lr in enumerate(rates()):
+        G = gradient(base + s * B @ A)
+        new_A = A - lr * of_A(s * B.T @ G) - lr * 0.1 * A
+        new_B = B - lr * of_B(s * G @ A.T) - lr * 0.1 * B
+        if t > begin:
+            base = base + 2.0 * s * (new_B @ new_A - B @ A)
+        A, B = new_A, new_B
+    same(found, A, B)
+    close(found["W0"], base)
+    with adapter.disabled():
+        assert torch.equal(model(X), F.linear(X, W0))
+    close(adapter.layers["0"].weight, base + s * B @ A)
+
+
+@pytest.mark.parametrize("shape", [(M, N), (N, M)])
+def test_galore(shape: tuple[int, int]) -> None:
+    """Algorithm 2 by hand on a wide and on a tall matrix; new directions every 7 steps, 1e-8."""
+    m, n = shape
+    model = nn.Sequential(nn.Linear(n, m, bias=True, dtype=torch.float64))
+    update = {"name": "galore", "rank": 2, "every": 7, "factor": 0.5}
+    adapter = variants.attach(model, "galore", targets=["0"], update=update)
+    W, bias = adapter.layers["0"].params["W"].detach().clone(), model[0].bias
+    x, y = (X, Y) if m == M else (Y, X)
+    optimizer, adam = adapter.optimizer(lr=0.05, weight_decay=0.1), Adam()
+    for t in range(STEPS):
+        (model(x).tanh() - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        leaf = W.clone().requires_grad_()
+        (F.linear(x, leaf, bias).tanh() - y).square().mean().backward()
+        G = leaf.grad
+        assert G is not None
+        if t % 7 == 0:
+            U, _, Vh = torch.linalg.svd(G)
+            P = Vh[:2].T if m >= n else U[:, :2]
+        step = adam(G @ P) @ P.T if m >= n else P @ adam(P.T @ G)
+        W = (1 - 0.05 * 0.1) * W - 0.05 * 0.5 * step
+    close(adapter.layers["0"].params["W"], W)
+    moments = optimizer.state[adapter.layers["0"].params["W"]]["exp_avg"]
+    assert moments.numel() == 2 * max(m, n)
+
+
+@pytest.mark.parametrize("rule", ["rms", "spectral"])
+def test_muon(rule: str) -> None:
+    """muon.py's update by hand, its iteration in float64, on DoRA's A and B; m by AdamW."""
+    update = {"name": "muon", "rule": rule, "rest": 0.3}
+    adapter, _ = fresh("dora", zero=False, update=update)
+    A, B, s = start(adapter)
+    mag = adapter.layers["0"].params["m"].detach().clone()
+    found = run(adapter, weight_decay=0.1)
+
+    def orthogonal(G: Tensor) -> Tensor:
+        U, S, Vh = torch.linalg.svd(G / (G.norm() + 1e-7), full_matrices=False)
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        size = max(1, G.shape[0] / G.shape[1]) if rule == "spectral" else 0.04 * max(G.shape)
+        return size**0.5 * U @ torch.diag(S) @ Vh
+
+    momentum: list[Any] = [0.0, 0.0]
+    of_m = Adam()
+    for lr in rates():
+        leaves = [t.clone().requires_grad_() for t in (A, B, mag)]
+        V = W0 + s * leaves[1] @ leaves[0]
+        loss_of((leaves[2] / V.detach().norm(dim=1))[:, None] * V).backward()
+        for i, t in enumerate((A, B)):
+            g = leaves[i].grad
+            momentum[i] = 0.95 * momentum[i] + 0.05 * g
+            t.mul_(1 - lr * 0.1).sub_(lr * orthogonal(0.05 * g + 0.95 * momentum[i]))
+        assert leaves[2].grad is not None
+        mag = (1 - 0.3 * lr * 0.1) * mag - 0.3 * lr * of_m(leaves[2].grad)
+    same(found, A, B)
+    close(found["m"], mag)
+
+
+UPDATES = (
+    "lora_plus", "lora_fa", "riemannian", "lora_pro", "lora_rite", "delta_lora", "muon"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_new_head_goes_by_adamw(update: str) -> None:
+    """`others` in the same optimizer, beside any rule, with AdamW's settings: 1e-6 in fp32."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 24, generator=g), torch.randn(8, 5, generator=g)
+    from variants._contract import Toy
+
+    adapter = variants.attach(
+        Toy(), "lora", rank=2, targets=["first"], update=update, modules_to_save=["lm_head"]
+    )
+    head = adapter.saved_modules["lm_head"].copy
+    twin = [p.detach().clone().requires_grad_() for p in head.parameters()]
+    own = adapter.optimizer(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9), foreach=True)
+    other = torch.optim.AdamW(twin, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
+    for _ in range(5):
+        F.mse_loss(adapter.model(x), y).backward()
+        for t, p in zip(twin, head.parameters(), strict=True):
+            t.grad = None if p.grad is None else p.grad.clone()
+        own.step()
+        other.step()
+        own.zero_grad()
+    for t, p in zip(twin, head.parameters(), strict=True):
+        close(p, t, 1e-6)
+
+
+@pytest.mark.parametrize("update", [u for u in UPDATES if u not in ("lora_plus", "muon")])
+@pytest.mark.parametrize("form", ["triplet", "full"])
+def test_forms_without_a_and_b_are_refused(update: str, form: str) -> None:
+    scale = "none" if form == "full" else "standard"
+    with pytest.raises(variants.Incompatible, match=rf"{update}.*{form}"):
+        fresh("lora", form=form, scale=scale, update=update)

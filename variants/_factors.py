@@ -96,7 +96,7 @@ class Factored(torch.optim.Optimizer):
     def moments(self, tensor: Tensor, like: Tensor) -> dict[str, Any]:
         """The state of `tensor`, with the step that begins counted and Adam's two moments."""
         state = self.state[tensor]
-        if not state:
+        if "step" not in state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
         state["step"] += 1

@@ -9,10 +9,11 @@ The gradient is taken without the other factor's magnitude, in its orthonormal b
 follow that basis; so the step of B A does not depend on how A and B share it. rho gathers what V
 loses when the basis turns (the paper's escaped mass). Official code: gkevinyen5418/LoRA-RITE,
 lora_rite.py, the authors' port to torch. From it: QR in place of the polar decomposition, the decay
-rates that contain Adam's bias correction, u^T u over its rows, the global norm of all u cut to
-`clip`, and a u whose mean square root exceeds `skip` left out. It leaves rho out unless
-`apply_escape` is given; here it is in, as in the paper. Its eigenvalues below zero turn a whole
-update into zeros (a NaN replaced); here they count as zero.
+rates that contain Adam's bias correction, u^T u over its rows, and the global norm of all u cut to
+`clip`. It leaves rho out unless `apply_escape` is given; here it is in, as in the paper. It leaves
+out a u whose root mean square exceeds 1, which the paper does not: V then falls towards zero, and
+the first u that is let in again makes too long a step (a setting here, `skip`). Its eigenvalues
+below zero turn a whole update into zeros (a NaN replaced); here they count as zero.
 
 Another basis of the same product moves it alike, momentum included:
 
@@ -82,12 +83,7 @@ def symmetric(t: Tensor) -> Tensor:
 class RITE(Paired):
     """The paper's Algorithm 1; each factor's state is that of its own moments."""
 
-    clip, skip, escape = 1.0, 1.0, True
-
-    def __init__(
-        self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any
-    ) -> None:
-        super().__init__(layers, others, lr, **{"eps": 1e-6, **settings})
+    clip, skip, escape, eps = 1.0, 0.0, True, 1e-6
 
     def move(self, group: dict[str, Any]) -> None:
         known = self.learning()
@@ -113,7 +109,7 @@ class RITE(Paired):
             *([state[k] for state in states] for k in ("V", "M", "rho", "U")),
             [side["U"] for side in sides],
             *([decay(beta, state["step"]) for state in states] for beta in (beta1, beta2)),
-            [group["eps"]] * len(sides),
+            [self.eps] * len(sides),
         )
         along = []
         for side, (V, M, rho) in zip(sides, found, strict=True):
@@ -145,8 +141,10 @@ class LoRARITE(Update, name="lora_rite"):
 
     clip: float = 1.0
     """largest norm of all unmagnified gradients together; 0: any"""
-    skip: float = 1.0
+    skip: float = 0.0
     """an unmagnified gradient whose root mean square is larger counts as zero; 0: none does"""
+    eps: float = 1e-6
+    """added to the root of V + rho, unless the optimizer is given another"""
     escape: bool = True
     """add rho, what V lost as the bases turned (the paper); the official port's default is not"""
 
@@ -157,6 +155,7 @@ class LoRARITE(Update, name="lora_rite"):
         self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any
     ) -> torch.optim.Optimizer:
         optimizer = RITE(layers, others, lr, **settings)
+        optimizer.eps = settings.get("eps", self.eps)
         optimizer.clip, optimizer.skip, optimizer.escape = self.clip, self.skip, self.escape
         return optimizer
 
