@@ -6,9 +6,9 @@
 A and B learn by AdamW; the base follows their product, so that W in all moves by any rank without a
 gradient or a moment of its own. No official code. The paper's Algorithm 1 counts t from 0 and
 leaves the first K + 1 steps to the factors; it takes dropout out of the adapter's branch, which is
-the default here as well. K is the laboratory's choice, for runs of some hundreds of steps. The original weight is kept, and the moved one is saved with the adapter. A
-base of coded or rounded weights cannot take the small steps and is refused; a model that is loaded
-in bf16 rounds them.
+the default here as well. K is the laboratory's choice, for runs of some hundreds of steps. The
+original weight is kept, and the moved one is saved with the adapter. A base of coded or rounded
+weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them.
 
 What the layer gains by a step is 1 + lambda times what its factors gain:
 

@@ -8,7 +8,7 @@ W itself trains (form full); Q [n, r] or P [m, r] are the leading singular vecto
 change. Official code: jiaweizzhao/GaLore, galore_torch/galore_projector.py (`std`) and adamw.py;
 eps stands where the paper and torch's AdamW have it, after the bias correction (there: before). A
 matrix with less than r singular vectors keeps them all. What is no matrix goes by AdamW. Defaults
-are those of pre-training, the preset's those of the official fine-tuning script.
+are the official ones; the preset has LoRA's rank and the step of the official fine-tuning script.
 
 The larger side keeps its size, so the moments hold r max(m, n) numbers; with every direction kept
 nothing of the gradient is lost, with one direction a step has rank one:
@@ -108,9 +108,9 @@ preset(
     "galore",
     form="full",
     scale="none",
-    update={"name": "galore", "rank": 4, "every": 500, "factor": 4.0},
+    update={"name": "galore", "rank": 16},
     rank=None,
     alpha=None,
-    lr=3e-5,
-    lr_origin="the official script for RoBERTa-base on GLUE (pre-training: 0.01 with factor 0.25)",
+    lr=4.8e-4,
+    lr_origin="times factor 1.2e-4, as the official script for RoBERTa-base on GLUE (3e-5 times 4)",
 )
