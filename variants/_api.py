@@ -212,6 +212,7 @@ class Allocation(Measuring):
     scheduled: ClassVar[bool] = False  # changes during the run, so it must know the run's length
     penalized: ClassVar[bool] = False  # adds a term to the training loss
     moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
+    partial: ClassVar[bool] = False  # shows forms a part of p while training (`Adapted.seen`)
     keeps_scale: ClassVar[bool] = (
         False  # s stays that of the rank asked for, whatever `static` says
     )
