@@ -314,7 +314,7 @@ def test_steps_do_not_depend_on_the_basis(update: dict[str, Any], moves_alike: b
     assert (error < 1e-6) == moves_alike, error
 
 
-def pro_by_hand(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float, X: Tensor | None) -> Any:
+def pro_by_hand(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, s: float, X: Any) -> Any:
     """Theorem 2.1; X given, or of Theorem 2.3 by the Kronecker form of its Sylvester equation."""
     d, eye = 1e-8, torch.eye(len(A), dtype=A.dtype)
     BB, AA = B.T @ B, A @ A.T
@@ -456,7 +456,7 @@ def test_galore(shape: tuple[int, int]) -> None:
     model = nn.Sequential(nn.Linear(n, m, bias=True, dtype=torch.float64))
     update = {"name": "galore", "rank": 2, "every": 7, "factor": 0.5}
     adapter = variants.attach(model, "galore", targets=["0"], update=update)
-    W, bias = adapter.layers["0"].params["W"].detach().clone(), model[0].bias
+    W, bias = adapter.layers["0"].params["W"].detach().clone(), adapter.layers["0"].bias
     x, y = (X, Y) if m == M else (Y, X)
     optimizer, adam = adapter.optimizer(lr=0.05, weight_decay=0.1), Adam()
     for t in range(STEPS):
@@ -500,7 +500,7 @@ def test_muon(rule: str) -> None:
         V = W0 + s * leaves[1] @ leaves[0]
         loss_of((leaves[2] / V.detach().norm(dim=1))[:, None] * V).backward()
         for i, t in enumerate((A, B)):
-            g = leaves[i].grad
+            g: Any = leaves[i].grad
             momentum[i] = 0.95 * momentum[i] + 0.05 * g
             t.mul_(1 - lr * 0.1).sub_(lr * orthogonal(0.05 * g + 0.95 * momentum[i]))
         assert leaves[2].grad is not None
@@ -545,3 +545,177 @@ def test_forms_without_a_and_b_are_refused(update: str, form: str) -> None:
     scale = "none" if form == "full" else "standard"
     with pytest.raises(variants.Incompatible, match=rf"{update}.*{form}"):
         fresh("lora", form=form, scale=scale, update=update)
+
+
+# Allocations that act while training
+
+
+def each_step(adapter: Adapter, steps: int = STEPS, **settings: Any) -> Iterator[dict[str, Any]]:
+    """Trains; gives the allocation's state as each step found it."""
+    optimizer = adapter.optimizer(**({"lr": 0.05, "steps": steps} | settings))
+    for _ in range(steps):
+        assert adapter.allocation_state is not None
+        yield dict(adapter.allocation_state)
+        (adapter.model(X).tanh() - Y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dylora(frozen: bool) -> None:
+    """Algorithm 1 by hand for the b drawn: past b, and if frozen before it, no gradient."""
+    adapter, _ = fresh(
+        "dylora", zero=False, alpha=5, allocation={"name": "dylora", "frozen": frozen}
+    )
+    A, B, _ = start(adapter)
+    of_A, of_B, drawn = Adam(), Adam(), []
+    for state in each_step(adapter):
+        b = state["b"]
+        drawn.append(b)
+        assert adapter.layers["0"].s == pytest.approx(5 / b)
+        G = gradient(W0 + 5 / b * B[:, :b] @ A[:b])
+        gA, gB = torch.zeros_like(A), torch.zeros_like(B)
+        first = b - 1 if frozen else 0
+        gA[first:b] = (5 / b * B[:, :b].T @ G)[first:]
+        gB[:, first:b] = (5 / b * G @ A[:b].T)[:, first:]
+        A, B = A - 0.05 * of_A(gA), B - 0.05 * of_B(gB)
+    layer = adapter.layers["0"]
+    same({k: layer.params[k] for k in "AB"}, A, B)
+    assert set(drawn) == {1, 2, 3}
+    assert layer.train().seen is None  # after the last step, training mode sees all of it as well
+
+
+def test_dylora_draws_uniformly_from_the_seed_and_evaluates_whole() -> None:
+    def draws(seed: int) -> list[int]:
+        adapter, _ = fresh("dylora", seed=seed)
+        rule, layers = adapter.choice.allocation, adapter.layers
+        state, found = rule.begin(layers, 600), []
+        for step in range(1, 601):
+            found.append(state["b"])
+            rule.after_step(layers, state, step)
+        return found
+
+    drawn = draws(0), draws(1)
+    assert drawn[0] == draws(0)
+    assert drawn[0] != drawn[1]
+    for b in (1, 2, 3):
+        assert 150 < drawn[0].count(b) < 250  # 200 expected, deviation 11.5
+    adapter, model = fresh("dylora", zero=False)
+    adapter.optimizer(lr=0.1, steps=50)
+    layer = adapter.layers["0"]
+    whole = W0 + layer.full_s * layer.params["B"] @ layer.params["A"]
+    close(model.eval()(X), F.linear(X, whole))
+    model.train()
+    assert not torch.allclose(model(X), F.linear(X, whole))  # seed 0 begins with a part
+    adapter.merge()  # in training mode, and yet the whole
+    close(model(X), F.linear(X, whole))
+
+
+def test_relora() -> None:
+    """By hand: restarts after steps 8, 16 and 24 of 30, Adam anew with each, A as it was drawn."""
+    adapter, model = fresh("relora", allocation={"name": "relora", "every": 8.0})
+    A, B, s = start(adapter)
+    base, of_A, of_B, bound = W0.clone(), Adam(), Adam(), N**-0.5
+    layer = adapter.layers["0"]
+    for t, _ in enumerate(each_step(adapter)):
+        if t in (8, 16, 24):
+            base, old = base + s * B @ A, A
+            A, B = layer.params["A"].detach().clone(), torch.zeros_like(B)
+            of_A, of_B = Adam(), Adam()
+            assert not torch.isin(A, old).any() and A.abs().max() <= bound and A.std() > bound / 3
+        close(layer.W0, base)
+        G = gradient(base + s * B @ A)
+        A, B = A - 0.05 * of_A(s * B.T @ G), B - 0.05 * of_B(s * G @ A.T)
+    same({k: layer.params[k] for k in "AB"}, A, B)
+    assert torch.linalg.matrix_rank(layer.weight - W0) > R
+    with adapter.disabled():
+        assert torch.equal(model(X), F.linear(X, W0))
+
+
+def test_relora_keeps_what_dora_s_weight_was() -> None:
+    """A restart changes no weight of DoRA: its magnitude stays and its base takes s B A."""
+    adapter, _ = fresh("relora", zero=False, form="dora")
+    layer, rule = adapter.layers["0"], adapter.choice.allocation
+    before = layer.weight.detach()
+    stale = rule.after_step({"0": layer}, rule.begin({"0": layer}, 20), 5)
+    assert len(stale) == 2 and not layer.params["B"].any()
+    close(layer.weight, before, 1e-12)
+    with pytest.raises(variants.Incompatible, match="leaves no restart"):
+        rule.begin({"0": layer}, 1)
+
+
+def test_sora() -> None:
+    """Adam by hand on A, B and g, then the proximal step of xi |g|_1 on g, found by bisection."""
+    xi = 0.02
+    adapter, _ = fresh("sora", allocation={"name": "sora", "threshold": xi})
+    A, B, s = start(adapter)
+    g = adapter.layers["0"].params["g"].detach().clone()
+    found = run(adapter)
+    adams = [Adam(), Adam(), Adam()]
+
+    def proximal(v: float) -> float:
+        """argmin of xi |z| + (z - v)^2 / 2: where the subgradient xi sign(z) + z - v crosses 0."""
+        low, high = -10.0, 10.0
+        for _ in range(100):
+            z = (low + high) / 2
+            low, high = (low, z) if xi * ((z > 0) - (z < 0)) + z - v > 0 else (z, high)
+        return high
+
+    for lr in rates():
+        leaves = [t.clone().requires_grad_() for t in (A, B, g)]
+        loss_of(W0 + s * leaves[1] @ torch.diag(leaves[2]) @ leaves[0]).backward()
+        steps = [adam(t.grad) for adam, t in zip(adams, leaves, strict=True) if t.grad is not None]
+        A, B, g = (t - lr * d for t, d in zip((A, B, g), steps, strict=True))
+        g = torch.tensor([proximal(v) for v in g.tolist()], dtype=g.dtype)
+    same(found, A, B)
+    close(found["g"], g)
+
+
+def test_sora_closes_gates_and_counts_those_left() -> None:
+    adapter, _ = fresh("sora", allocation={"name": "sora", "threshold": 0.06})
+    for _ in each_step(adapter, 60, lr=0.01):
+        pass
+    gates = adapter.layers["0"].params["g"]
+    assert adapter.ranks() == {"0": int((gates != 0).sum())} and adapter.ranks()["0"] < R
+    assert adapter.allocation_state == {"budget": adapter.ranks()["0"]}
+
+
+@pytest.mark.parametrize("preset", ["delta_lora", "relora", "dylora", "sora", "lora_rite"])
+def test_checkpoints_of_a_run_hold_all_of_it(preset: str, tmp_path: Any) -> None:
+    """Through the run's own files: 20 steps equal 9 and, in another process's stead, 11. Bits."""
+    from experiments.record import load_checkpoint, pack, save_checkpoint, unpack
+
+    update: dict[str, Any] = {}
+    if preset == "delta_lora":
+        update["update"] = {"name": preset, "start": 3}
+
+    def steps(adapter: Adapter, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            (adapter.model(X).tanh() - Y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, _ = fresh(preset, **update)
+    optimizer = whole.optimizer(lr=0.01, steps=20)
+    steps(whole, optimizer, 9)
+    tensors = {f"adapter.{k}": t for k, t in whole.tensors().items()}
+    plain = pack({"optimizer": optimizer.state_dict(), "adapter": whole.state()}, "state", tensors)
+    cpu = {k: t.detach().clone().contiguous() for k, t in tensors.items()}
+    save_checkpoint(tmp_path, 9, cpu, plain)
+    steps(whole, optimizer, 11)
+
+    resumed, model = fresh(preset, seed=0, **update)
+    optimizer = resumed.optimizer(lr=0.01, steps=20)
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    state = unpack(found[2], found[1])
+    resumed.restore({k.removeprefix("adapter."): t for k, t in found[1].items()
+                     if k.startswith("adapter.")})  # fmt: skip
+    optimizer.load_state_dict(state["optimizer"])
+    resumed.set_state(state["adapter"])
+    steps(resumed, optimizer, 11)
+    ends = whole.tensors(), resumed.tensors()
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    with resumed.disabled():
+        assert torch.equal(model(X), F.linear(X, W0))

@@ -28,16 +28,23 @@ class Pair:
         return self.layer.full_s
 
 
-def need_factors(part: Part, choice: "Choice") -> None:
-    """Refuses a choice where A and B do not both train, or where something multiplies them.
+def need_product(part: Part, choice: "Choice") -> None:
+    """Refuses a form whose A and B are multiplied by anything on the way to s B A.
 
     DoRA's magnitude m scales what they make, so their gradients are those of s B A still.
     """
     form = choice.form
     if not form.low_rank or not {"A", "B"} <= set(form.shapes(8, 8, 2)) <= {"A", "B", "m"}:
         raise part.refuse(form, "a form that adds s B A, with tensors A and B")
+
+
+def need_factors(part: Part, choice: "Choice") -> None:
+    """Refuses a choice where the gradients of A and B are not those of a whole s B A."""
+    need_product(part, choice)
     if choice.init.frozen:
         raise part.refuse(choice.init, "an init that leaves A and B to train")
+    if choice.allocation.partial:
+        raise part.refuse(choice.allocation, "an allocation that shows A and B whole")
 
 
 def pairs(layers: Mapping[str, Adapted]) -> list[Pair]:
@@ -179,3 +186,9 @@ def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     """(gram + damping I)^-1 of symmetric [..., r, r]; its pseudo-inverse where it is singular."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.pinv(gram + damping * eye, hermitian=True)
+
+
+def seed_of(layers: Mapping[str, Adapted]) -> int:
+    """A seed for an allocation's own draws: the bits of the first A, which the adapter's drew."""
+    A = next(iter(layers.values())).params["A"].detach().float().cpu().contiguous()
+    return int(A.view(torch.int32).long().sum()) % 2**31
