@@ -612,8 +612,11 @@ def test_dylora_draws_uniformly_from_the_seed_and_evaluates_whole() -> None:
 
 
 def test_relora() -> None:
-    """By hand: restarts after steps 8, 16 and 24 of 30, Adam anew with each, A as it was drawn."""
-    adapter, model = fresh("relora", allocation={"name": "relora", "every": 8.0})
+    """By hand: restarts after steps 8, 16 and 24 of 30, Adam anew with each, A as it was drawn.
+
+    The rate of the steps after a restart is 1/4, 2/4, 3/4 and then all of it.
+    """
+    adapter, model = fresh("relora", allocation={"name": "relora", "every": 8.0, "warmup": 4.0})
     A, B, s = start(adapter)
     base, of_A, of_B, bound = W0.clone(), Adam(), Adam(), N**-0.5
     layer = adapter.layers["0"]
@@ -624,8 +627,8 @@ def test_relora() -> None:
             of_A, of_B = Adam(), Adam()
             assert not torch.isin(A, old).any() and A.abs().max() <= bound and A.std() > bound / 3
         close(layer.W0, base)
-        G = gradient(base + s * B @ A)
-        A, B = A - 0.05 * of_A(s * B.T @ G), B - 0.05 * of_B(s * G @ A.T)
+        G, lr = gradient(base + s * B @ A), 0.05 * (min(1, (t % 8 + 1) / 4) if t >= 8 else 1)
+        A, B = A - lr * of_A(s * B.T @ G), B - lr * of_B(s * G @ A.T)
     same({k: layer.params[k] for k in "AB"}, A, B)
     assert torch.linalg.matrix_rank(layer.weight - W0) > R
     with adapter.disabled():
@@ -680,7 +683,9 @@ def test_sora_closes_gates_and_counts_those_left() -> None:
     assert adapter.allocation_state == {"budget": adapter.ranks()["0"]}
 
 
-@pytest.mark.parametrize("preset", ["delta_lora", "relora", "dylora", "sora", "lora_rite"])
+@pytest.mark.parametrize(
+    "preset", ["delta_lora", "relora", "dylora", "sora", "lora_rite", "increlora"]
+)
 def test_checkpoints_of_a_run_hold_all_of_it(preset: str, tmp_path: Any) -> None:
     """Through the run's own files: 20 steps equal 9 and, in another process's stead, 11. Bits."""
     from experiments.record import load_checkpoint, pack, save_checkpoint, unpack
@@ -691,7 +696,9 @@ def test_checkpoints_of_a_run_hold_all_of_it(preset: str, tmp_path: Any) -> None
 
     def steps(adapter: Adapter, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):
-            (adapter.model(X).tanh() - Y).square().mean().backward()
+            penalty = adapter.penalty()
+            loss = (adapter.model(X).tanh() - Y).square().mean()
+            (loss if penalty is None else loss + penalty).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -719,3 +726,88 @@ def test_checkpoints_of_a_run_hold_all_of_it(preset: str, tmp_path: Any) -> None
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
     with resumed.disabled():
         assert torch.equal(model(X), F.linear(X, W0))
+
+
+@pytest.mark.parametrize("angles", [True, False])
+def test_increlora(angles: bool) -> None:
+    """The official RankAllocator's rules by hand on two layers, with an Adam for each tensor.
+
+    Scores, rounds, the reserve at 1e-5, the scale alpha / k, the penalty, the warm-up of what is
+    new, and the end of growth; 45 steps, 1e-8.
+    """
+    room, alpha, add, target = 4, 7.0, 2, 7
+    model = nn.Sequential(nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 4, bias=False))
+    allocation = {
+        "name": "increlora", "target_rank": target / 2, "add": add, "top": 1, "warmup": 5.0,
+        "every": 4.0, "restart": 3.0, "orthogonality": 0.2, "angles": angles,
+    }  # fmt: skip
+    adapter = variants.attach(
+        model.double(), "increlora", rank=4, alpha=alpha, targets=["0", "2"],
+        allocation=allocation,
+    )  # fmt: skip
+    layers = list(adapter.layers.values())
+    optimizer = adapter.optimizer(lr=0.02, steps=45)
+    base = [layer.W0.clone() for layer in layers]
+    own = [{k: t.detach().clone() for k, t in layer.params.items()} for layer in layers]
+    adams: list[dict[str, Adam]] = [{}, {}]
+    since: list[dict[str, int]] = [{}, {}]
+    used, mean, spread, sizes = [1, 1], [0.0, 0.0], [0.0, 0.0], []
+    for t in range(45):
+        loss = F.mse_loss(model(X), Y[:, :4]) + adapter.penalty()  # type: ignore[operator]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        grows = sum(used) < target
+        leaves, changes, penalties = [], [], []
+        for i in (0, 1):
+            count = min(used[i] + add, room) if grows else used[i]
+            names = [f"{k}{j}" for j in range(count) for k in "PQ"]
+            names += [f"E{j}" for j in range(used[i])]
+            leaf = {k: own[i][k].clone().requires_grad_() for k in names}
+            E = [leaf.get(f"E{j}", torch.full((1,), 1e-5).double()) for j in range(count)]
+            D = sum((alpha / used[i]) * E[j] * leaf[f"P{j}"] @ leaf[f"Q{j}"] for j in range(count))
+            assert isinstance(D, Tensor)
+            D.retain_grad()
+            leaves.append(leaf)
+            changes.append(D)
+            for side in ("P", "Q"):
+                columns = torch.cat([leaf[f"{side}{j}"].reshape(-1, 1) for j in range(count)], 1)
+                gram = columns.T @ columns - torch.eye(count).double()
+                norm = (gram**2).sum().sqrt() if angles else gram.diag().abs().sum() / count
+                penalties.append(norm)
+        h = F.linear(X, base[0] + changes[0]).tanh()
+        by_hand = F.mse_loss(F.linear(h, base[1] + changes[1]), Y[:, :4])
+        by_hand = by_hand + 0.2 * sum(penalties) / 4
+        assert loss.item() == pytest.approx(by_hand.item(), rel=1e-8)
+        by_hand.backward()
+        for i in (0, 1):
+            for k, leaf in leaves[i].items():
+                assert leaf.grad is not None
+                share = min(1.0, (t + 1 - since[i].get(k, -99)) / 3)
+                step = adams[i].setdefault(k, Adam())(leaf.grad)
+                own[i][k] = own[i][k] - 0.02 * share * step
+            gradient_of_D = changes[i].grad
+            assert gradient_of_D is not None
+            score = (changes[i] * gradient_of_D).abs().sum().item() / changes[i].numel() ** 0.5
+            mean[i] = 0.85 * mean[i] + 0.15 * score
+            spread[i] = 0.85 * spread[i] + 0.15 * abs(score - mean[i])
+        if grows and t > 5 and t % 4 == 0:
+            best = max((i for i in (0, 1) if used[i] < room), key=lambda i: mean[i] * spread[i])
+            before = used[best]
+            used[best] = min(before + add, room, before + target - sum(used))
+            for j in range(before, used[best]):
+                own[best][f"E{j}"] = torch.full((1,), 1e-5).double()
+                since[best][f"E{j}"] = t + 1
+            for j in range(before + add, used[best] + add):
+                since[best] |= {f"P{j}": t + 1, f"Q{j}": t + 1}
+        sizes.append(tuple(used))
+        assert list(adapter.ranks().values()) == used
+    assert sizes[0] == (1, 1) and sum(sizes[-1]) == target and len(set(sizes)) == 4
+    for i, layer in enumerate(layers):
+        for j in range(used[i]):
+            for k in "PEQ":
+                close(layer.params[f"{k}{j}"], own[i][f"{k}{j}"])
+        assert not any(layer.params[f"E{j}"].any() for j in range(used[i], room))
+    whole = model.train()(X)
+    close(model.eval()(X), whole, 1e-12)  # the reserve is gone, so both see the same

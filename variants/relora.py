@@ -7,8 +7,9 @@ pull the new ones back towards them, and are dropped. Official code: Guitaricet/
 peft_pretraining/relora.py (`merge_and_reinit`) and training_utils.py (`optimizer_reset`), which
 leaves one in a thousand of the moments, at random, and so keeps Adam's count of steps; here that
 count begins again with the moments. Its first A is zero by mistake, so that nothing learns before
-the first restart. Paper and code warm the rate up again after each restart; here the rate is the
-run's own schedule. Magnitudes (DoRA's m) stay: the base takes s B A, so W is what it was.
+the first restart. Paper and code warm the rate up again after each restart, all of it; here the
+adapter's tensors warm up and a new head does not. Magnitudes (DoRA's m) stay: the base takes s B A,
+so W is what it was.
 
 Times below 1 are fractions of the run, others are steps; the last step never restarts. The layer's
 weight does not move, the base takes all of it, and the original comes back when it is disabled:
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _rewarm
 from ._api import Allocation, kaiming
 from ._factors import need_product, seed_of
 from ._layer import Adapted
@@ -49,31 +51,41 @@ class ReLoRA(Allocation, name="relora"):
 
     every: float = 0.25
     """T, between two restarts"""
+    warmup: float = 0.02
+    """after a restart, until the rate is whole again"""
 
     scheduled = True
     moves_base = True
 
     def __post_init__(self) -> None:
-        if self.every <= 0:
-            raise Incompatible(f"allocation relora: every={self.every} must be positive")
+        if self.every <= 0 or self.warmup < 0:
+            raise Incompatible("allocation relora: every must be positive, warmup not negative")
 
     def fits(self, choice: "Choice") -> None:
         need_product(self, choice)
+        if choice.update.moves_base:
+            raise self.refuse(choice.update, "an update that leaves the base to it")
 
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
-        every = max(1, round(self.every * steps) if self.every < 1 else int(self.every))
+        every, warmup = (round(t * steps) if t < 1 else int(t) for t in (self.every, self.warmup))
+        every = max(1, every)
         if every >= steps:
             raise Incompatible(
                 f"allocation relora: every={every} steps leaves no restart in a run of {steps}"
             )
         ranks = sum(layer.rank for layer in layers.values())
-        return {"steps": steps, "every": every, "seed": seed_of(layers), "budget": ranks}
+        state = {"steps": steps, "every": every, "warmup": warmup, "seed": seed_of(layers),
+                 "budget": ranks}  # fmt: skip
+        _rewarm.begin(state)
+        return state
 
     @torch.no_grad()
     def after_step(
         self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
     ) -> Sequence[Tensor]:
+        _rewarm.shorten(layers, state, step, state["warmup"])
         if step % state["every"] or step >= state["steps"]:
+            _rewarm.hold(layers, state, step, state["warmup"])
             return ()
         generator, stale = torch.Generator().manual_seed(state["seed"] + step), []
         for layer in layers.values():
@@ -82,6 +94,9 @@ class ReLoRA(Allocation, name="relora"):
             A.copy_(kaiming(A.shape[0], A.shape[1], A, generator))
             B.zero_()
             stale += [A, B]
+        again = [_rewarm.key_of(name, k) for name, layer in layers.items()
+                 for k in layer.params if k not in layer.untrained]  # fmt: skip
+        _rewarm.hold(layers, state, step, state["warmup"], again)
         return stale
 
 
