@@ -367,6 +367,8 @@ class Adapter:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from `state()`."""
         self.step, self.allocation_state = state["step"], state["allocation"]
+        if self.allocation_state is not None:
+            self.choice.allocation.resumed(self.layers, self.allocation_state)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter by name, as saved: trained, constant and subtracted."""

@@ -217,6 +217,7 @@ class Allocation(Measuring):
     scheduled: ClassVar[bool] = False  # changes during the run, so it must know the run's length
     penalized: ClassVar[bool] = False  # adds a term to the training loss
     moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
+    partial: ClassVar[bool] = False  # shows forms a part of p while training (`Adapted.seen`)
     keeps_scale: ClassVar[bool] = (
         False  # s stays that of the rank asked for, whatever `static` says
     )
@@ -234,6 +235,9 @@ class Allocation(Measuring):
     def begin(self, layers: Mapping[str, "Adapted"], steps: int) -> dict[str, Any]:
         """The state before the first step of a run of `steps` optimizer steps."""
         return {}
+
+    def resumed(self, layers: Mapping[str, "Adapted"], state: dict[str, Any]) -> None:
+        """Puts into the layers what `state` says of them (`seen`): a run continues from it."""
 
     def penalty(self, layers: Mapping[str, "Adapted"]) -> Tensor | None:
         """A term of the training loss, and of no other; None: no term."""

@@ -227,6 +227,8 @@ def learns_its_own_form(case: Case) -> None:
     tried = []
     for lr in (1e-2, 1e-1, 1e-3):  # a variant has a learning rate of its own; one of three will do
         student = case.attach(seed=1)
+        if student.choice.untrained:  # what is drawn and never trained is part of the teacher
+            student = case.attach()
         allowed = 0.5 if student.choice.allocation.scheduled else 0.1  # a falling budget drops some
         losses = _fit(student, x, y, lr)
         tried.append(f"lr {lr:g}: {losses[0]:.3g} -> {losses[-1]:.3g}")

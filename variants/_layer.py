@@ -104,8 +104,8 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted matrix [m, n], dense, by the form's equation."""
-        return self.form.weight(self.W0, self.p, self.s)
+        """The adapted matrix [m, n], dense, by the form's equation, whatever is `seen` of it."""
+        return self.form.weight(self.W0, self.params, self.full_s)  # type: ignore[arg-type]
 
     @property
     def trained(self) -> list[Tensor]:

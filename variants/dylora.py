@@ -1,0 +1,107 @@
+"""DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
+Adaptation (Valipour et al., EACL 2023), arXiv:2210.07558.
+
+    W = W0 + (alpha / b) B[:, :b] A[:b],    b ~ U{1, ..., r} anew for each step
+
+so that the first directions learn to serve alone, and the trained adapter can be cut to any rank.
+Evaluation and merging take all r. Official code: huawei-noah/Efficient-NLP,
+DyLoRA/loralib/DyLoRA.py (`dynamic`): each factor times sqrt(r / b) under the scale alpha / r; its
+NLU script has every layer at one b, and `frozen`: the directions before b are seen, only b itself
+gets a gradient (the paper's other form, a setting here as there). Each layer takes r / b times its
+own scale, so alpha / b becomes alpha / sqrt(r) r / b with rsLoRA's.
+
+What a step sees, and the size of it:
+
+>>> import torch, variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).train()
+>>> layer = variants.attach(model, "dylora", rank=4, alpha=8, targets=["0"]).layers["0"]
+>>> _ = torch.nn.init.normal_(layer.params["B"]), DyLoRA().show({"0": layer}, 2)
+>>> A, B, x = layer.params["A"], layer.params["B"], torch.randn(3, 8)
+>>> change = layer(x) - layer.frozen(x)
+>>> torch.allclose(change, (8 / 2) * x @ A[:2].T @ B[:, :2].T, atol=1e-5)
+True
+>>> change.sum().backward()
+>>> [bool(row.any()) for row in A.grad]
+[True, True, False, False]
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._api import Allocation, Tensors
+from ._factors import need_product, seed_of
+from ._layer import Adapted
+from ._registry import preset
+
+if TYPE_CHECKING:
+    from ._adapter import Choice
+
+
+@dataclass(frozen=True)
+class DyLoRA(Allocation, name="dylora"):
+    """The first b directions, b drawn for each step."""
+
+    frozen: bool = False
+    """train direction b alone; those before it are seen and not trained"""
+
+    scheduled = True
+    partial = True
+
+    def fits(self, choice: "Choice") -> None:
+        need_product(self, choice)
+        if choice.init.moves_base:
+            raise self.refuse(choice.init, "an init that leaves the base, since it shows a part")
+
+    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+        state = {"steps": steps, "seed": seed_of(layers), "b": 0, "budget": 0}
+        self._next(layers, state, 1)
+        return state
+
+    def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
+        self.show(layers, state["b"])
+
+    def after_step(
+        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
+    ) -> Sequence[Tensor]:
+        self._next(layers, state, step + 1)
+        return ()
+
+    def _next(self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int) -> None:
+        """Draws b of `step`; after the last it is 0."""
+        largest = max(layer.rank for layer in layers.values())
+        generator = torch.Generator().manual_seed(state["seed"] + step)
+        drawn = int(torch.randint(1, largest + 1, (), generator=generator))
+        state["b"] = drawn if step <= state["steps"] else 0
+        shown = state["b"] or largest
+        state["budget"] = sum(min(shown, layer.rank) for layer in layers.values())
+        self.resumed(layers, state)
+
+    def show(self, layers: Mapping[str, Adapted], b: int) -> None:
+        """Lets every layer see its first b directions in training; 0: all of them."""
+        for layer in layers.values():
+            own = min(b, layer.rank)
+            layer.seen = (self._first(own), layer.rank / own) if b else None
+
+    def _first(self, b: int) -> Callable[[Tensors], Tensors]:
+        def view(p: Tensors) -> Tensors:
+            A, B = p["A"][:b], p["B"][:, :b]
+            if self.frozen:
+                A = torch.cat([A[: b - 1].detach(), A[b - 1 :]])
+                B = torch.cat([B[:, : b - 1].detach(), B[:, b - 1 :]], dim=1)
+            return {**dict(p.items()), "A": A, "B": B}
+
+        return view
+
+
+preset(
+    "dylora",
+    allocation="dylora",
+    rank=8,
+    alpha=16,
+    lr=5e-4,
+    lr_origin="the official script for RoBERTa-base on GLUE",
+)

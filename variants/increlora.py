@@ -1,0 +1,263 @@
+"""IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning
+(Zhang et al., 2023), arXiv:2308.12043.
+
+    W = W0 + (alpha / k) sum over j <= k + h of E_j P_j Q_j,    P, Q ~ N(0, 0.02^2),    E = 0
+
+k triplets of a matrix are in use, h more are learned in advance: their P and Q train, their E rests
+at 1e-5. Every T steps the `top` matrices of the largest score take their h into use (E then trains)
+and h new ones into reserve, until the mean k reaches the target; the reserve's E then becomes zero.
+The score is mean(I) mean |I - mean(I)|, two moving averages of I = sum |D * dL/dD| / sqrt(m n),
+where D = W - W0; triplets that are new warm their rate up. Official code: FeiyuZhang98/IncreLoRA,
+loralib/loralib/increlora.py (`RankAllocator`), whose penalty takes each P_j and Q_j by itself, so
+that it binds their lengths and no angles; the paper's, of P^T P - I and Q Q^T - I, is the default
+here and the code's a setting. The code grows without a bound and past the target where `top` times
+h does not divide what is missing; here a matrix has room for r, and the last round takes no more
+than is missing.
+
+Times below 1 are fractions of the run, others are steps. A new triplet gets its own Adam state, as
+each is a tensor by itself. The scale follows the triplets in use, the reserve counts for nothing:
+
+>>> import torch
+>>> p = {"P0": torch.ones(2, 1), "E0": torch.ones(1), "Q0": torch.ones(1, 3)}
+>>> p |= {"P1": torch.ones(2, 1), "E1": torch.full((1,), 0.5), "Q1": torch.ones(1, 3)}
+>>> def entry(used):                                                     # r = 2, alpha = 8
+...     share = {"share": torch.tensor(used / 2)}
+...     return Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)[0, 0].item()
+>>> entry(1) == 8 / 1 * (1 + 0.5), entry(2) == 8 / 2 * (1 + 0.5)
+(True, True)
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _rewarm
+from ._api import Allocation, Form, Tensors
+from ._layer import Adapted
+from ._registry import Incompatible, preset
+
+if TYPE_CHECKING:
+    from ._adapter import Choice
+
+RESERVE = 1e-5  # E of a triplet that is learned in advance
+
+
+@dataclass(frozen=True)
+class Increments(Form, name="increlora"):
+    """Triplets one by one, `share` of their number in use."""
+
+    rank_means = "r, the most triplets that a matrix can get; it begins with few"
+    parameters = "r*(m + n + 1)"
+    constants = ("share",)
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {f"{k}{j}": shape for j in range(r)
+                for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
+
+    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
+        p = {"share": W0.new_ones(())}
+        for k, shape in self.shapes(*W0.shape, r).items():  # type: ignore[call-arg]
+            p[k] = W0.new_zeros(shape)
+            if k[0] != "E":
+                p[k] += (0.02 * torch.randn(shape, generator=generator)).to(W0)
+        return p
+
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
+        if "D" in p:
+            return None
+        P, E, Q = triplets(p)
+        return Q, P * (E / p["share"])
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        return W0 + (p["D"] if "D" in p else change(p, s))
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        p = layer.p
+        factors = self.factors(p)
+        if factors is not None:
+            return layer.frozen(x) + layer.low_rank(x, *factors)
+        return layer.frozen(x) + F.linear(layer.dropout(x), p["D"].to(x.dtype))
+
+
+def triplets(p: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """P [m, k], E [k] and Q [k, n] of the triplets that p holds."""
+    P, E, Q = ([p[f"{k}{j}"] for j in range(sum(k[0] == "E" for k in p))] for k in "PEQ")
+    return torch.cat(P, 1), torch.cat(E), torch.cat(Q)
+
+
+def change(p: Tensors, s: float) -> Tensor:
+    """W - W0."""
+    P, E, Q = triplets(p)
+    return (s / p["share"]) * (P * E) @ Q
+
+
+def shown(
+    name: str, layer: Adapted, used: int, count: int, scores: dict[str, Tensor] | None
+) -> Callable[[Tensors], Tensors]:
+    """What training sees of p: triplets in use and, up to `count`, in reserve. With `scores` the
+    dense change D as well, whose gradient goes into the layer's score."""
+
+    def view(p: Tensors) -> Tensors:
+        seen = {k: t for k, t in p.items() if k == "share" or int(k[1:]) < count}
+        seen |= {f"E{j}": seen[f"E{j}"].detach() for j in range(used, count)}
+        if scores is None:
+            return seen
+        D = change(seen, layer.full_s)
+        if D.requires_grad:
+            size = D.detach() / math.sqrt(D.numel())
+            D.register_hook(lambda g: scores.update({name: (size * g).abs().sum()}))  # type: ignore[union-attr]
+        return seen | {"D": D}
+
+    return view
+
+
+@dataclass(frozen=True)
+class Growth(Allocation, name="increlora"):
+    """Few triplets at first; those matrices get more that change the loss most."""
+
+    target_rank: float = 0.0
+    """mean number of triplets of a matrix at the end; 0: half of the room"""
+    initial: int = 1
+    """triplets of every matrix at the start"""
+    add: int = 1
+    """h, triplets that a matrix gets at once"""
+    top: int = 0
+    """matrices that get some in a round; 0: as many as it takes to be done at `until`"""
+    warmup: float = 0.1
+    """before it, none gets any"""
+    until: float = 0.6
+    """where the growth ends if `top` is 0"""
+    every: float = 0.02
+    """T, between two rounds"""
+    restart: float = 0.02
+    """in which the rate of new triplets rises to that of the others"""
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+    """weight of the penalty: mean over all P and Q of ||P^T P - I||_F"""
+    angles: bool = True
+    """penalize P^T P - I (the paper); else only the lengths of P's columns (the official code)"""
+
+    scheduled = True
+    penalized = True
+
+    def __post_init__(self) -> None:
+        if min(self.initial, self.add) < 1 or self.top < 0:
+            raise Incompatible("allocation increlora: initial and add are 1 or more, top 0 or more")
+        if min(self.target_rank, self.warmup, self.until, self.every, self.restart) < 0:
+            raise Incompatible("allocation increlora: target_rank and times are not negative")
+
+    def fits(self, choice: "Choice") -> None:
+        if not isinstance(choice.form, Increments):
+            raise self.refuse(choice.form, "a form that grows by triplets (increlora)")
+
+    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+        times = (self.warmup, self.until, self.every, self.restart)
+        warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
+        used = {name: self._used(layer) for name, layer in layers.items()}
+        start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
+        target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
+        if target > room:
+            raise Incompatible(f"allocation increlora: target_rank={self.target_rank} asks for "
+                               f"{target} triplets, the rank has room for {room}")  # fmt: skip
+        every = max(1, every)
+        rounds = max(1, (until - warmup) // every)
+        top = self.top or max(1, math.ceil((target - start) / (self.add * rounds)))
+        zeros = next(iter(layers.values())).params["share"].detach().new_zeros(len(layers))
+        state = {"target": max(target, start), "top": top, "warmup": warmup, "every": every,
+                 "restart": restart, "mean": zeros, "uncertainty": zeros.clone(), "score": {},
+                 "used": used}  # fmt: skip
+        _rewarm.begin(state)
+        self._count(layers, state)
+        return state
+
+    def _used(self, layer: Adapted) -> int:
+        """The triplets to begin with; a trained adapter goes on with those it has."""
+        trained = triplets(layer.params)[1].any()  # type: ignore[arg-type]
+        return _in_use(layer) if trained else min(self.initial, layer.rank)
+
+    def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
+        grows = state["budget"] < state["target"]
+        for name, layer in layers.items():
+            used = state["used"][name]
+            count = min(used + self.add, layer.rank) if grows else used
+            layer.seen = shown(name, layer, used, count, state["score"] if grows else None), 1.0
+
+    def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
+        norms = []
+        for layer in layers.values():
+            P, E, Q = triplets(layer.p)
+            for gram in (P.mT @ P, Q @ Q.mT):
+                off = gram - torch.eye(len(E), dtype=gram.dtype, device=gram.device)
+                norms.append(off.norm() if self.angles else off.diagonal().abs().mean())
+        return self.orthogonality * torch.stack(norms).mean()
+
+    @torch.no_grad()
+    def after_step(
+        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
+    ) -> Sequence[Tensor]:
+        _rewarm.shorten(layers, state, step, state["restart"])
+        new = []
+        if state["budget"] < state["target"]:
+            mean, uncertainty, found = state["mean"], state["uncertainty"], state["score"]
+            score = torch.stack([found.get(name, mean.new_zeros(())).to(mean) for name in layers])
+            found.clear()
+            mean.lerp_(score, 1 - self.beta1)
+            uncertainty.lerp_((score - mean).abs(), 1 - self.beta2)
+            done = step - 1  # the official code asks before the optimizer's step
+            if done > state["warmup"] and done % state["every"] == 0:
+                new = self._grow(layers, state, (mean * uncertainty).tolist())
+        _rewarm.hold(layers, state, step, state["restart"], new)
+        return ()
+
+    def _grow(
+        self, layers: Mapping[str, Adapted], state: dict[str, Any], scores: list[float]
+    ) -> list[str]:
+        """Gives the best matrices their reserve, and a new one; the names of what is new."""
+        used, new = state["used"], []
+        best = sorted(zip((-score for score in scores), layers, strict=True))
+        best = [name for _, name in best if used[name] < layers[name].rank]
+        for name in best[: state["top"]]:
+            missing, before = state["target"] - sum(used.values()), used[name]
+            rank = layers[name].rank
+            used[name] = after = min(before + min(self.add, missing), rank)
+            new += [_rewarm.key_of(name, f"E{j}") for j in range(before, after)]
+            reserve = range(before + self.add, min(after + self.add, rank))
+            new += [_rewarm.key_of(name, f"{k}{j}") for j in reserve for k in "PQ"]
+        self._count(layers, state)
+        return new
+
+    @torch.no_grad()
+    def _count(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
+        """Brings the layers in line with the numbers in use."""
+        state["budget"] = sum(state["used"].values())
+        resting = RESERVE if state["budget"] < state["target"] else 0.0
+        for name, layer in layers.items():
+            used = state["used"][name]
+            layer.params["share"].fill_(used / layer.rank)
+            for j in range(used, min(used + self.add, layer.rank)):
+                layer.params[f"E{j}"].fill_(resting)
+        self.resumed(layers, state)
+
+    def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
+        return {name: _in_use(layer) for name, layer in layers.items()}
+
+
+def _in_use(layer: Adapted) -> int:
+    return round(layer.params["share"].item() * layer.rank)
+
+
+preset(
+    "increlora",
+    form="increlora",
+    allocation="increlora",
+    rank=8,
+    alpha=16,
+    lr=8e-4,
+    lr_origin="the official script for DeBERTaV3-base on SST-2, target rank 8",
+)
