@@ -106,3 +106,91 @@ def test_vera_shares_and_redraws() -> None:
     pair = first.layers["0"].params["A"].clone()
     other = variants.attach(first.detach(), "vera", rank=4, targets=["0", "1", "2"], seed=1)
     assert not torch.equal(other.layers["0"].params["A"], pair)
+
+
+def test_randlora_is_peft_s() -> None:
+    """PEFT pairs column (k, j) of the scaled A with column (j, k) of B: an order of its own."""
+    config = peft.RandLoraConfig(r=6, randlora_alpha=12, target_modules=LAYERS)
+    form = {"name": "randlora", "rule": "peft"}
+    ours, their = ours_and_theirs(config, "randlora", rank=6, alpha=12, form=form)
+
+    def pairs(layer: Any) -> list[Pair]:
+        def reordered(B: Tensor) -> Tensor:
+            used = B[:, :3].flatten(1).view(24, 6, 3).mT  # both layers have ceil(16 / 6) bases
+            return torch.cat([used, B[:, 3:]], 1)
+
+        return [
+            ("A", layer.randlora_A["default"].float(), lambda A: A[:, 0], same),
+            ("B", layer.randlora_B["default"].float(), reordered, same),
+            ("l", layer.randlora_lambda["default"], lambda t: t.T, lambda t: t.T),
+            ("g", layer.randlora_gamma["default"], same, same),
+        ]
+
+    for layer in their.modules():
+        if hasattr(layer, "randlora_A") and hasattr(layer, "base_layer"):
+            for name in ("randlora_A", "randlora_B"):
+                bases = getattr(layer, name)
+                bases["default"] = bases["default"].float()
+    compare(ours, their, pairs)
+
+
+@pytest.mark.parametrize("basis", ["uniform", "sparse", "very_sparse"])
+def test_randlora_s_start_is_peft_s(basis: str) -> None:
+    flags = {"sparse": basis == "sparse", "very_sparse": basis == "very_sparse"}
+    config = peft.RandLoraConfig(r=20, target_modules=["0"], **flags)
+    net = nn.Sequential(nn.Linear(80, 90))
+    their: Any = peft.get_peft_model(net, config).base_model.model[0]
+    ours = variants.attach(
+        nn.Sequential(nn.Linear(80, 90)), "randlora", rank=20, targets="0",
+        form={"name": "randlora", "basis": basis},
+    ).layers["0"].params  # fmt: skip
+    for own, theirs in ((ours["A"], their.randlora_A), (ours["B"], their.randlora_B)):
+        wanted = theirs["default"].float()
+        assert own.numel() == wanted.numel()
+        shares = [(t != 0).float().mean().item() for t in (own, wanted)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.03)
+        assert own.std().item() == pytest.approx(wanted.std().item(), abs=0.02)
+    gamma = their.randlora_gamma["default"]
+    assert torch.equal(ours["g"], gamma) and gamma[0, 0].item() == pytest.approx(1 / 80)
+    assert not ours["l"].any() and not their.randlora_lambda["default"].any()
+
+
+def test_vblora_is_peft_s() -> None:
+    config = peft.VBLoRAConfig(
+        r=3, num_vectors=11, vector_length=4, topk=2, target_modules=LAYERS, vblora_dropout=0.0
+    )
+    form = {"name": "vblora", "vectors": 11, "length": 4}
+    ours, their = ours_and_theirs(config, "vblora", rank=3, form=form)
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [
+            ("bank", layer.vblora_vector_bank["default"], same, same),
+            ("logits_A", layer.vblora_logits_A["default"], same, same),
+            ("logits_B", layer.vblora_logits_B["default"], same, same),
+        ]
+
+    compare(ours, their, pairs)
+
+
+def test_vblora_s_logits_learn_faster() -> None:
+    adapter = variants.attach(Net(), "vblora", targets=LAYERS)
+    groups = adapter.optimizer(lr=1e-3, steps=10).param_groups
+    assert [(len(g["params"]), g["lr"]) for g in groups] == [(1, 1e-3), (4, 1e-2)]
+    assert adapter.num_trainable == 2048 * 256 + 2 * 2 * 4 * 2048
+    with pytest.raises(variants.Incompatible, match=r"vblora.*not lora"):
+        variants.attach(Net(), "lora", rank=2, targets=LAYERS, update="vblora")
+
+
+def test_fourierft_is_peft_s() -> None:
+    config = peft.FourierFTConfig(
+        n_frequency=50, scaling=150.0, random_loc_seed=777, target_modules=LAYERS
+    )
+    form = {"name": "fourierft", "zero": True, "entries": 777}
+    ours, their = ours_and_theirs(config, "fourierft", rank=50, alpha="150r", form=form)
+    for layer in ours.layers.values():
+        assert layer.s == 150 and not layer.params["c"].any()
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [("c", layer.fourierft_spectrum["default"], same, same)]
+
+    compare(ours, their, pairs)
