@@ -194,3 +194,91 @@ def test_fourierft_is_peft_s() -> None:
         return [("c", layer.fourierft_spectrum["default"], same, same)]
 
     compare(ours, their, pairs)
+
+
+def upper(b: int) -> tuple[int, Tensor, Tensor]:
+    rows, columns = torch.triu_indices(b, b, 1)
+    return b, rows, columns
+
+
+@pytest.mark.parametrize("neumann", [0, 5])
+def test_oft_is_peft_s(neumann: int) -> None:
+    """PEFT's exact transform turns the other way than its series: there Q is -Q."""
+    config = peft.OFTConfig(
+        oft_block_size=8, r=0, target_modules=LAYERS, use_cayley_neumann=neumann > 0,
+        num_cayley_neumann_terms=5,
+    )  # fmt: skip
+    form = {"name": "oft", "neumann": neumann}
+    ours, their = ours_and_theirs(config, "oft", rank=8, form=form)
+    sign = 1 if neumann else -1
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [("Q", layer.oft_R["default"].weight, lambda t: sign * t, lambda t: sign * t)]
+
+    compare(ours, their, pairs)
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_boft_is_peft_s(factors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT trains all of Q, takes its skew half, and turns the other way."""
+    from peft.tuners.boft import layer as module
+
+    class Blocks:  # in place of the CUDA extension, without which PEFT falls to one factor
+        @staticmethod
+        def apply(R: Tensor) -> Tensor:
+            return torch.stack([torch.block_diag(*blocks) for blocks in R])
+
+    monkeypatch.setattr(module, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(module, "FastBlockDiag", Blocks)
+    config = peft.BOFTConfig(
+        boft_block_size=2, boft_n_butterfly_factor=factors, target_modules=LAYERS
+    )
+    form = {"name": "boft", "factors": factors}
+    ours, their = ours_and_theirs(config, "boft", rank=2, form=form)
+    _, i, j = upper(2)
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [
+            ("Q", layer.boft_R["default"], lambda t: (0.5 * (t.mT - t))[..., i, j],
+             lambda g: -2 * g[..., i, j]),
+            ("g", layer.boft_s["default"], same, same),
+        ]  # fmt: skip
+
+    compare(ours, their, pairs)
+
+
+def test_boft_has_larger_blocks_as_peft_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The permutations of blocks of 4, three factors of 16 and more."""
+    from peft.tuners.boft.layer import BOFTLayer
+
+    from variants.boft import permutation
+
+    for n, b in ((64, 4), (48, 6), (16, 2)):
+        for i in range(3):
+            theirs = BOFTLayer.block_butterfly_perm(None, n, n // b // 2**i, b // 2, 2)
+            assert torch.equal(permutation(n, b, i, torch.device("cpu")), theirs)
+
+
+def test_hra_is_peft_s() -> None:
+    config = peft.HRAConfig(r=4, target_modules=LAYERS)
+    ours, their = ours_and_theirs(config, "hra", rank=4)
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [("u", layer.hra_u["default"], same, same)]
+
+    compare(ours, their, pairs)
+    with pytest.raises(variants.Incompatible, match=r"rank=3.*even"):
+        variants.attach(Net(), "hra", rank=3, targets=LAYERS)
+
+
+def test_blocks_take_a_divisor_or_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(172, 8), nn.Linear(8, 20), nn.Linear(20, 7), nn.Linear(7, 4))
+    places = ["0", "1", "2"]
+    for preset, sizes in (("oft", [4, 8, 5]), ("boft", [2, 4, 2])):
+        adapter = variants.attach(net, preset, rank=8, targets=places)
+        assert [layer.rank for layer in adapter.layers.values()] == sizes
+        net = adapter.detach()
+    with pytest.raises(variants.Incompatible, match=r"7 inputs of 3 fall into no blocks of 2 to 4"):
+        variants.attach(net, "oft", rank=4, targets="3")
+    with pytest.raises(variants.Incompatible, match=r"1 has 8 inputs"):
+        variants.attach(net, "oft", rank=16, targets="1")
