@@ -282,3 +282,91 @@ def test_blocks_take_a_divisor_or_are_refused() -> None:
         variants.attach(net, "oft", rank=4, targets="3")
     with pytest.raises(variants.Incompatible, match=r"1 has 8 inputs"):
         variants.attach(net, "oft", rank=16, targets="1")
+
+
+def test_ia3_is_peft_s() -> None:
+    """Outputs, bias included, of the first layer; inputs of the second."""
+    config = peft.IA3Config(target_modules=LAYERS, feedforward_modules=["second"])
+    ours, their = ours_and_theirs(config, "ia3", form={"name": "ia3", "inputs": "second"})
+
+    def pairs(layer: Any) -> list[Pair]:
+        key = "columns" if layer.is_feedforward else "rows"
+        return [(key, layer.ia3_l["default"], same, same)]
+
+    compare(ours, their, pairs)
+    merged = [model.merge_and_unload() if model is their else ours.merge() for model in (their, 0)]
+    x = torch.randn(4, 24)
+    assert error(merged[1](x), merged[0](x)) <= 1e-5
+
+
+def test_ia3_scales_what_the_paper_names() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    adapter = variants.attach(model, "ia3")
+    shapes = {name.rpartition(".")[2]: dict(layer.params) for name, layer in adapter.layers.items()}
+    assert {n: {k: tuple(t.shape) for k, t in p.items()} for n, p in shapes.items()} == {
+        "k_proj": {"rows": (16,)}, "v_proj": {"rows": (16,)}, "down_proj": {"columns": (48,)}
+    }  # fmt: skip
+    adapter.detach()
+    assert len(variants.attach(model, "ln_tuning").layers) == 3
+
+
+class Normed(Net):
+    """A norm with a bias, and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(24), nn.RMSNorm(24)
+        for norm in (self.before, self.after):
+            norm.weight.data += 0.3 * torch.randn(24, generator=torch.Generator().manual_seed(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(super().forward(self.before(x)))
+
+
+def test_ln_tuning_is_peft_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Net", Normed)
+    config = peft.LNTuningConfig(target_modules=["before", "after"])
+    ours, their = ours_and_theirs(config, "ln_tuning", targets="norms")
+    assert ours.num_trainable == 3 * 24
+
+    def pairs(layer: Any) -> list[Pair]:
+        norm = layer.ln_tuning_layers["default"]
+        found: list[Pair] = [("gain", norm.weight, same, same)]
+        if getattr(norm, "bias", None) is not None:
+            found.append(("b", norm.bias, lambda t: t - layer.base_layer.bias.detach(), same))
+        return found
+
+    compare(ours, their, pairs)
+
+
+def test_bitfit_trains_as_the_model_s_own_biases_do() -> None:
+    """30 steps of AdamW in float64, every bias of the plain model trained: within 1e-12."""
+    plain = Normed().double().requires_grad_(False)
+    biases = [p.requires_grad_() for name, p in plain.named_parameters() if name.endswith("bias")]
+    adapter = variants.attach(Normed().double(), "bitfit")
+    assert list(adapter.layers) == ["first", "before"] and len(biases) == 2
+    optimizers = [
+        torch.optim.AdamW(biases, lr=1e-2, weight_decay=0.0), adapter.optimizer(lr=1e-2, steps=30)
+    ]  # fmt: skip
+    x = torch.randn(16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for _ in range(30):
+        for model, optimizer in zip((plain, adapter.model), optimizers, strict=True):
+            (model(x) - x.flip(0)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert error(adapter.model(x), plain(x)) <= 1e-12
+    merged = adapter.merge()
+    assert error(merged(x), plain(x)) <= 1e-12
+
+
+def test_bitfit_needs_a_bias() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.RMSNorm(4))
+    with pytest.raises(
+        variants.Incompatible, match=r"form bitfit.*trains biases, and none of these layers has one"
+    ):
+        variants.attach(net, "bitfit")
+    with pytest.raises(variants.Incompatible, match=r"form ln_tuning.*targets=norms"):
+        variants.attach(net, "ln_tuning", targets="0")

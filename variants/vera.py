@@ -152,7 +152,7 @@ class DVoRA(Form, name="dvora"):
         base = layer.frozen.stored.product(dropout(x, share, seed))
         moved = rescaled(base + low_rank(x, A, B, 1.0, share, seed), c)
         if layer.drops:  # W0 x + (W - W0) dropout(x)
-            return layer.frozen.stored.product(x, layer.bias) + (moved - base)
+            return layer.frozen.stored.product(x, layer.bias_like(x)) + (moved - base)
         bias = layer.bias_like(x)
         return moved if bias is None else moved + bias
 
