@@ -7,7 +7,7 @@ import torch
 
 import variants
 from variants._contract import CLAUSES, Case, check
-from variants._registry import AXES
+from variants._registry import AXES, find_part
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ def _pairs() -> list[dict[str, str]]:
 
 def _valid(axes: dict[str, str]) -> Case:
     """The pair on LoRA; where the form has no scale, without one."""
-    if axes.get("form") in ("full", "factorized"):
+    if not find_part("form", axes.get("form", "lora")).traits["scaled"]:
         axes = {"scale": "none"} | axes
     if axes.get("allocation") == "adalora":
         axes = {"form": "triplet"} | axes
