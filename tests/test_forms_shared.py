@@ -370,3 +370,21 @@ def test_bitfit_needs_a_bias() -> None:
         variants.attach(net, "bitfit")
     with pytest.raises(variants.Incompatible, match=r"form ln_tuning.*targets=norms"):
         variants.attach(net, "ln_tuning", targets="0")
+
+
+@pytest.mark.parametrize("variant", [1, 2, 4])
+def test_road_is_peft_s(variant: int) -> None:
+    config = peft.RoadConfig(variant=f"road_{variant}", group_size=8, target_modules=LAYERS)
+    form = {"name": "road", "variant": variant, "group": 8}
+    ours, their = ours_and_theirs(config, "road", form=form)
+    assert ours.num_trainable == variant * (24 + 16)
+
+    def pairs(layer: Any) -> list[Pair]:
+        return [
+            ("a", layer.road_alpha["default"], same, same),
+            ("t", layer.road_theta["default"], same, same),
+        ]
+
+    compare(ours, their, pairs)
+    x = torch.randn(4, 24)
+    assert error(ours.merge()(x), their(x)) <= 1e-5
