@@ -4,10 +4,10 @@
     W = diag(g) W0 R^T,    R = D_{M-1} ... D_1 D_0,    D_i = P_i diag(R_i1, ..., R_ik) P_i^T
 
 Each R_ij = (I + Q) (I - Q)^-1 is OFT's rotation of b numbers. P_i joins numbers that are b / 2 2^i
-apart, so that with M factors each input reaches b 2^(M-1) others; M = 1 is OFT. g [m] is the
-magnitude of the official code (wy1iu/butterfly-oft), which PEFT has by the authors' own port; the
-paper's count leaves it out. Both train all of Q, twice what they use; here its upper triangle is
-trained. PEFT has Cayley's transform with the opposite sign of Q (the same rotations), and falls to
+apart, so that with M factors each input reaches b 2^(M-1) others; M = 1 is OFT. Official code:
+PEFT's tuners/boft/layer.py, to which wy1iu/butterfly-oft points. It has a magnitude g [m], which
+the paper's count leaves out; it trains all of Q, twice what it uses, where here the upper triangle
+is trained; it has Cayley's transform with the opposite sign of Q (the same rotations), and falls to
 M = 1 without its CUDA extension. The rank is b: where b 2^(M-1) does not divide the inputs, or b is
 odd, the largest that fits below it is taken.
 
@@ -24,6 +24,18 @@ Blocks of 2 mix 2 inputs, by two factors 4, by three 8; row norms are g times W0
 [0, 0, 0, 0, 1, 1, 0, 0] 6.0
 [0, 0, 0, 0, 1, 1, 1, 1] 6.0
 [1, 1, 1, 1, 1, 1, 1, 1] 6.0
+
+One factor is OFT; the second of two acts after the first, between the halves of 4 inputs:
+
+>>> from variants.oft import OFT
+>>> ones, W0 = torch.ones(1), torch.randn(1, 8, generator=g)
+>>> first = BOFT(factors=1).weight(W0, {"Q": p["Q"][:1], "g": ones}, 1.0)
+>>> torch.allclose(first, OFT().weight(W0, {"Q": p["Q"][0]}, 1.0))
+True
+>>> order = [0, 2, 1, 3, 4, 6, 5, 7]
+>>> second = OFT().weight(first[:, order], {"Q": p["Q"][1]}, 1.0)[:, order]
+>>> torch.allclose(BOFT(factors=2).weight(W0, {"Q": p["Q"][:2], "g": ones}, 1.0), second, atol=1e-5)
+True
 """
 
 from dataclasses import dataclass

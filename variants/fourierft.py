@@ -22,6 +22,12 @@ True
 >>> places = FourierFT().start_shared(4, 6, 24, torch.Generator(), torch.empty(0))["places"]
 >>> len({tuple(e) for e in places.T.tolist()}), places.amax(1).tolist()  # each place once
 (24, [3, 5])
+>>> own = torch.randperm(24, generator=torch.Generator().manual_seed(2024))
+>>> torch.equal(places[0] * 6 + places[1], own)
+True
+>>> c = FourierFT().start(torch.zeros(40, 60), 2000, 1.0, torch.Generator())["c"]
+>>> abs(c.std().item() - 1) < 0.05, abs(c.mean().item()) < 0.1
+(True, True)
 """
 
 from dataclasses import dataclass

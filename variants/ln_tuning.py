@@ -64,6 +64,6 @@ preset(
     rank=None,
     alpha=None,
     lr=3e-4,
-    lr_origin="r-three/t-few, configs/layernorm.json (T0-3B); the paper prints none of its own",
+    lr_origin="LayerNorm of T-Few (arXiv:2205.05638) on T0-3B, configs/layernorm.json",
     targets="norms",
 )

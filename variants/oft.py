@@ -5,11 +5,11 @@ arXiv:2306.07280.
 
 Blocks of b inputs are rotated, from Q = 0; norms of W0's rows and the angles between them stay. The
 paper's W is transposed, R W0 there. What is trained is the upper triangle of each Q_i; the official
-code (Zeju1997/oft) trains all b^2 numbers of it and uses half. The rank is b, as PEFT's default
-names it; where b does not divide the inputs it falls to the largest divisor below. PEFT's exact
-Cayley transform and its Neumann series (its default, OFTv2, arXiv:2506.19847) turn in opposite
-directions; the paper's formula, which is the series', stands here: `neumann=5` is PEFT's default.
-The constrained COFT is not here.
+code (Zeju1997/oft, oft-control/oft.py) trains all b^2 numbers of it and uses half. The rank is b,
+as PEFT's default names it; where b does not divide the inputs the largest divisor below is taken.
+PEFT's exact Cayley transform and its Neumann series (its default, OFTv2, arXiv:2506.19847) turn in
+opposite directions, as do two functions of the official code; the paper's formula, which is the
+series', stands here: `neumann=5` is PEFT's default. The constrained COFT is not here.
 
 A Q of 2 x 2 turns by 2 atan(q), so that q = 1 is a quarter turn; the norms of rows stay:
 

@@ -5,10 +5,10 @@
                                                       a21 sin(t21)    a22 cos(t22)
 
 Pairs of outputs are turned and stretched, from a = 1 and t = 0. In RoAd_1 one angle and one length
-serve a pair, in RoAd_2 a row each, in RoAd_4 each entry. The equation pairs neighbours; official
-code (BaohaoLiao/road), which is PEFT's too, pairs the halves of groups of 64 outputs, as rotary
-embeddings do: `group=2` is the paper's. Where `group` does not divide the outputs, the largest even
-size below that does is taken. The bias turns with the output. There is no rank.
+serve a pair, in RoAd_2 a row each, in RoAd_4 each entry. The paper pairs neighbours (Section 3);
+its authors published no code. PEFT pairs the halves of groups of 64 outputs, as rotary embeddings
+do, which is another order of the outputs: `group=64`. Where `group` does not divide the outputs,
+the largest even size below that does is taken. The bias turns with the output. There is no rank.
 
 An angle of 90 degrees carries the first half of a group to the second, a length stretches it:
 
@@ -50,8 +50,8 @@ class RoAd(Form, name="road"):
 
     variant: int = 1
     """angles and lengths of a pair: 1, 2 or 4"""
-    group: int = 64
-    """outputs whose halves are paired; 2: neighbours"""
+    group: int = 2
+    """outputs whose halves are paired; 2: neighbours (the paper); 64: PEFT's default"""
 
     rank_means = None
     parameters = "m"  # of RoAd_1; r is the size of the groups

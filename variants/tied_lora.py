@@ -4,9 +4,10 @@
     W = W0 + s diag(v) B diag(u) A,    A and B one pair for all layers,    u = 1,    v = 1,    B = 0
 
 A and B are trained and tied over the layers; u [r] and v [m] are each layer's own. This is the
-configuration that the paper recommends, with all four trained (its others freeze some). The
-paper adapts one fused matrix a block, so that one shape is all there is; here layers of one shape
-share a pair. There is no official repository, and PEFT has no such method.
+configuration that the paper recommends, with all four trained (its others freeze some). The paper
+adapts one fused matrix a block, so that one shape is all there is; here layers of one shape share
+a pair. u and v begin at 1, so that the first step is LoRA's. There is no official repository, and
+PEFT has no such method.
 
 Two layers of one shape move in one basis, each along its own vectors:
 

@@ -24,6 +24,12 @@ A stretch mixes its k best vectors by a softmax over those k alone:
 >>> W = form.weight(torch.zeros(4, 3), p, 1.0)  # W[i, j] = B[i] A[j], each cut to size
 >>> torch.allclose(W[:, 1], 0.75 * torch.tensor([0.25, 0.75, 0.25, 0.75]))
 True
+>>> g = torch.Generator().manual_seed(0)
+>>> bank = VBLoRA().start_shared(6, 8, 4, g, torch.empty(0))["bank"]
+>>> tuple(bank.shape), round(bank.min().item(), 3), round(bank.max().item(), 3)
+((2048, 256), -0.02, 0.02)
+>>> round(VBLoRA().start(torch.zeros(600, 8), 4, 1.0, g)["logits_B"].std().item(), 3)
+0.01
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,13 +1,13 @@
 """VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., ICLR 2024), arXiv:2310.11454;
-DVoRA is its direction under a magnitude of DoRA (Liu et al., ICML 2024, Section 5.5).
+DVoRA is its direction under a magnitude of DoRA (Liu et al., ICML 2024, Table 5).
 
     W = W0 + diag(b) B diag(d) A,    b = 0,    d = 0.1,    A and B frozen, one pair for all layers
 
 A and B are drawn by Kaiming's uniform rule from the seed and are not saved; each layer trains the
-vectors d [r] and b [m]. No alpha. The paper draws one pair for the layers of one shape; PEFT, with
-the paper's first author, one pair as large as the largest layer, of which each takes a corner:
-`share` chooses. The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times that of
-LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA
+vectors d [r] and b [m]. No alpha. The paper does not say what layers of different shapes share:
+here each shape has a pair; PEFT has one as large as the largest layer, of which each takes a
+corner (`share=largest`). The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times
+that of LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA
 W = c (W0 + diag(b) B diag(d) A) with row norms m, the norm a constant in backward as in DoRA.
 
 b scales rows and d scales what lies between; A and B have the variance 2 / fan-in:
@@ -21,6 +21,8 @@ b scales rows and d scales what lies between; A and B have the variance 2 / fan-
 >>> A = VeRA().start_shared(64, 96, 1024, g, torch.empty(0))["A"]
 >>> round(A.var().item() * 96, 1), round(A.abs().max().item() * 96**0.5, 2)  # 2 and sqrt(6)
 (2.0, 2.45)
+>>> {k: t.tolist() for k, t in VeRA().start(torch.ones(2, 3), 1, 1.0, g).items()}
+{'d': [0.10000000149011612], 'b': [0.0, 0.0]}
 """
 
 from dataclasses import dataclass
@@ -59,7 +61,7 @@ class VeRA(Form, name="vera"):
     d_init: float = 0.1
     """where d begins"""
     share: str = "shape"
-    """`shape`: a pair for each shape (the paper); `largest`: one pair, cut to size (PEFT)"""
+    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
 
     rank_means = "r, the number of shared random directions; it may exceed the matrix"
     parameters = "m + r"
@@ -105,7 +107,7 @@ class DVoRA(Form, name="dvora"):
     d_init: float = 0.1
     """where d begins"""
     share: str = "shape"
-    """`shape`: a pair for each shape (the paper); `largest`: one pair, cut to size (PEFT)"""
+    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
     detach_norm: bool = True
     """take ||V|| as a constant in backward"""
 
