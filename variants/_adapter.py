@@ -208,7 +208,10 @@ def plan(
     for site in sites:
         m, n = matrix_of(layers[site.path]).shape
         m = m if site.rows is None else site.rows[1] - site.rows[0]
-        asked = _whole_rank(ranks[site.name], site.name) if site.name in ranks else choice.rank or 0
+        if choice.rank is None:
+            asked = int(_has_bias(layers[site.path]))
+        else:
+            asked = _whole_rank(ranks.get(site.name, choice.rank), site.name)
         rank = choice.form.rank_of(m, n, asked, site.name)
         largest = max(largest, min(m, n))
         alpha = alphas.get(site.name)

@@ -94,7 +94,8 @@ class Form(Part):
         W = self.weight(W0, layer.p, layer.s)
         if not layer.drops:
             return F.linear(x, W.to(x.dtype), layer.bias_like(x))
-        return layer.frozen(x) + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
+        base = layer.frozen.stored.product(x, layer.bias_like(x))
+        return base + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
 
     def bias(self, b0: Tensor | None, p: Tensors) -> Tensor | None:
         """The layer's bias [m]; only a form that changes it says more."""
@@ -105,7 +106,11 @@ class Form(Part):
         return kind.matrices
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        """The rank of one matrix; one that the matrix cannot have is refused."""
+        """The rank of one matrix; one that the matrix cannot have is refused.
+
+        For a form without rank r is 1 where the layer has a bias and 0 where it has none; what is
+        returned is the r of `shapes` and `parameters`, so that a form may tell its layers apart.
+        """
         if r > min(m, n):
             raise Incompatible(
                 f"rank={r}: {where} is {m} x {n}, so its rank is at most {min(m, n)}; "

@@ -1,0 +1,179 @@
+"""VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., ICLR 2024), arXiv:2310.11454;
+DVoRA is its direction under a magnitude of DoRA (Liu et al., ICML 2024, Table 5).
+
+    W = W0 + diag(b) B diag(d) A,    b = 0,    d = 0.1,    A and B frozen, one pair for all layers
+
+A and B are drawn by Kaiming's uniform rule from the seed and are not saved; each layer trains the
+vectors d [r] and b [m]. No alpha. The paper does not say what layers of different shapes share:
+here each shape has a pair; PEFT has one as large as the largest layer, of which each takes a
+corner (`share=largest`). The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times
+that of LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA
+W = c (W0 + diag(b) B diag(d) A) with row norms m, the norm a constant in backward as in DoRA.
+
+b scales rows and d scales what lies between; A and B have the variance 2 / fan-in:
+
+>>> import torch
+>>> g = torch.Generator().manual_seed(0)
+>>> p = VeRA().start_shared(6, 8, 2, g, torch.empty(0)) | {"d": torch.tensor([1.0, 0.0])}
+>>> dW = VeRA().weight(torch.zeros(6, 8), p | {"b": torch.arange(6.0)}, 1.0)
+>>> torch.allclose(dW[3], 3 * p["B"][3, 0] * p["A"][0]), dW[0].norm().item()
+(True, 0.0)
+>>> A = VeRA().start_shared(64, 96, 1024, g, torch.empty(0))["A"]
+>>> round(A.var().item() * 96, 1), round(A.abs().max().item() * 96**0.5, 2)  # 2 and sqrt(6)
+(2.0, 2.45)
+>>> {k: t.tolist() for k, t in VeRA().start(torch.ones(2, 3), 1, 1.0, g).items()}
+{'d': [0.10000000149011612], 'b': [0.0, 0.0]}
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._api import Form, Tensors, kaiming
+from ._layer import Adapted
+from ._product import dropout, low_rank, rescaled
+from ._registry import Incompatible, preset
+from .dora import DoRA, row_norms
+
+
+def check_share(form: Form, share: str) -> None:
+    """Refuses a rule of sharing that there is not."""
+    if share not in ("shape", "largest"):
+        raise Incompatible(f"{form}: share={share}; choices: shape, largest")
+
+
+def draw(m: int, n: int, r: int, generator: torch.Generator, like: Tensor) -> Tensors:
+    """A [r, n] and B [m, r] from U(-sqrt(6 / fan-in), sqrt(6 / fan-in))."""
+    A, B = (kaiming(*shape, like, generator) for shape in ((r, n), (m, r)))
+    return {"A": 6**0.5 * A, "B": 6**0.5 * B}
+
+
+def factors(p: Tensors, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """diag(d) A and diag(b) B, of a pair that may be larger than the layer."""
+    return p["d"][:, None] * p["A"][:, :n], p["b"][:, None] * p["B"][:m]
+
+
+@dataclass(frozen=True)
+class VeRA(Form, name="vera"):
+    """A frozen random pair for all layers, two trained vectors for each."""
+
+    d_init: float = 0.1
+    """where d begins"""
+    share: str = "shape"
+    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
+
+    rank_means = "r, the number of shared random directions; it may exceed the matrix"
+    parameters = "m + r"
+    constants = ("A", "B")
+    shared = ("A", "B")
+    redrawn = ("A", "B")
+    scaled = False
+    rank_is_bounded = False
+
+    def __post_init__(self) -> None:
+        check_share(self, self.share)
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"d": (r,), "b": (m,)}
+
+    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
+        return {"d": W0.new_full((r,), self.d_init), "b": W0.new_zeros(W0.shape[0])}
+
+    def start_shared(
+        self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
+    ) -> Tensors:
+        return draw(m, n, r, generator, like)
+
+    def key(self, m: int, n: int, r: int) -> str:
+        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"
+
+    def rank_of(self, m: int, n: int, r: int, where: str) -> int:
+        return r
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        A, B = factors(p, *W0.shape)
+        return W0 + B @ A
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        A, B = factors(layer.p, layer.out_features, layer.in_features)
+        return layer.frozen(x) + layer.low_rank(x, A, B)
+
+
+@dataclass(frozen=True)
+class DVoRA(Form, name="dvora"):
+    """DoRA's magnitude on VeRA's direction."""
+
+    d_init: float = 0.1
+    """where d begins"""
+    share: str = "shape"
+    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
+    detach_norm: bool = True
+    """take ||V|| as a constant in backward"""
+
+    rank_means = "r, the number of shared random directions; it may exceed the matrix"
+    parameters = "2*m + r"
+    constants = ("A", "B")
+    shared = ("A", "B")
+    redrawn = ("A", "B")
+    scaled = False
+    rank_is_bounded = False
+
+    def __post_init__(self) -> None:
+        check_share(self, self.share)
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {"d": (r,), "b": (m,), "m": (m,)}
+
+    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
+        norms = torch.linalg.vector_norm(W0, dim=1)
+        d = W0.new_full((r,), self.d_init)
+        return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms}
+
+    def start_shared(
+        self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
+    ) -> Tensors:
+        return draw(m, n, r, generator, like)
+
+    def key(self, m: int, n: int, r: int) -> str:
+        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"
+
+    def rank_of(self, m: int, n: int, r: int, where: str) -> int:
+        return r
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        A, B = factors(p, *W0.shape)
+        return DoRA(self.detach_norm).weight(W0, {"A": A, "B": B, "m": p["m"]}, 1.0)
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        A, B = factors(layer.p, layer.out_features, layer.in_features)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = row_norms(layer, A, B, 1.0)
+        c = layer.p["m"] / norm
+        share, seed = layer.draw_dropout()
+        base = layer.frozen.stored.product(dropout(x, share, seed))
+        moved = rescaled(base + low_rank(x, A, B, 1.0, share, seed), c)
+        if layer.drops:  # W0 x + (W - W0) dropout(x)
+            return layer.frozen.stored.product(x, layer.bias_like(x)) + (moved - base)
+        bias = layer.bias_like(x)
+        return moved if bias is None else moved + bias
+
+
+preset(
+    "vera",
+    form="vera",
+    scale="none",
+    rank=1024,
+    alpha=None,
+    lr=4e-3,
+    lr_origin="the paper's Table 9, instruction tuning of Llama-2-7B at rank 1024",
+)
+preset(
+    "dvora",
+    form="dvora",
+    scale="none",
+    rank=1024,
+    alpha=None,
+    lr=4e-3,
+    lr_origin="VeRA's, whose tensors it trains",
+)
