@@ -1,5 +1,5 @@
-"""MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing (Kang & Yin, 2024),
-arXiv:2409.15371; first versions: Bone, DiSHA.
+"""MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (Kang & Yin,
+2024), arXiv:2409.15371; first versions: Bone, DiSHA.
 
     W = W0 + D^T [I I ... I],    D [r, m] = 0
     W = W0 + W0' D + D,  block by block (BAT)
@@ -8,8 +8,7 @@ MiSS: column j of the change is row j mod r of D, so inputs are summed in groups
 before D; a last group that is shorter is padded with zeros. BAT: each r x r block of W0 in block
 row i becomes W0_ij + W0_ij D_i + D_i with one D_i [r, r] for the row; where r divides a side not,
 that side is padded with zeros too (PEFT refuses it). No scale in either. Official code: JL-er/Bone,
-which points to PEFT (peft/tuners/miss, once bone). r there is both the width of a group and the
-rank.
+which points to PEFT (peft/tuners/miss, once bone); PEFT drops out x in MiSS, and nothing in BAT.
 
 Columns repeat with period r; in BAT they do not, and what W0 has enters:
 
