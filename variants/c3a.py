@@ -6,7 +6,9 @@ arXiv:2407.19342.
 W0 is cut into b x b blocks, each changed by a circulant matrix: m n / b numbers, and any rank. By
 the Fourier transform it costs (m + n) log b + m n / b. There is no rank to choose but a side of
 blocks, which must divide both sides of W0: the largest such divisor that is not above `block_size`
-is taken (PEFT refuses). Official code: PEFT, peft/tuners/c3a, by the authors, whence the 1/n. The
+is taken (PEFT refuses). Official code: PEFT, peft/tuners/c3a, named by the paper, whence the 1/n.
+Its outputs are equal; its gradient by the input is not that of its matrix (0.21.2: the backward of
+`BlockCircularConvolution` fails torch's `gradcheck`), so layers below learn otherwise there. The
 paper starts w uniform (Xavier: u = sqrt(6 / (m + n))), so the model starts off the base, by about
 1/n of the usual size of a weight; it finds zero no worse.
 

@@ -10,7 +10,8 @@ lycoris/modules/lokr.py and functional/general.py (`factorization`): W2 is full,
 where r is at least half its longer side; with both full s is 1, whatever alpha. The paper's Eq. 5
 bounds the smaller part by sqrt too where `factor` divides the side; the code, and this, does not.
 The code's `get_diff_weight`, which merges, applies s twice. PEFT (rule `peft`) starts with W1 = 0
-and both parts of W2 uniform, and scales full factors by alpha / r as well.
+and both parts of W2 uniform, and scales full factors by alpha / r as well; a `factor` that divides
+a side goes to W1 there even where it is the larger part.
 
 KronA is the form with both factors full and a constant s; no official code was found. Its split is
 that of LoKr, the nearest to square; the paper leaves it to the user. B_k = 0, A_k uniform.
