@@ -19,6 +19,8 @@ The start is the base, its first product the best rank-r1 matrix of W0 itself; s
 >>> p = ABBA().start(W0, 3, 1.0, g)
 >>> [round(abs(v), 4) for v in (p["B1"] @ p["A1"]).diag().tolist()], tuple(p["A2"].shape)
 ([4.0, 3.0, 0.0, 0.0], (1, 4))
+>>> [round(v, 3) for v in (*p["A1"].norm(dim=1).tolist(), *p["B1"].norm(dim=0).tolist())]
+[2.0, 1.732, 2.0, 1.732]
 >>> Constant().value(32, 16), bool(p["A2"].abs().max() > 0.5), bool(p["A2"].abs().max() < 1.5**0.5)
 (32, True, True)
 >>> p = {k: torch.randn(v, generator=g) for k, v in ABBA().shapes(6, 8, 4).items()}

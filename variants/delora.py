@@ -23,9 +23,9 @@ Lengths of a_i and b_i are without effect; columns of the change follow those of
 >>> bool(torch.allclose(W, longer, atol=1e-5)), bool((W - W0).abs().max() > 0.1)
 (True, True)
 >>> one = DeLoRA(boundary=3.0, rule="peft")
->>> p = one.start(W0, 1, 1.0, g) | {"B": torch.randn(6, 1, generator=g)}
+>>> p = one.start(W0, 2, 1.0, g) | {"A": torch.ones(2, 8), "B": torch.ones(6, 2)}
 >>> change = one.weight(W0, p, 1.0) - W0
->>> round((change / W0.norm(dim=0)).norm().item(), 4)  # the boundary, when r = 1
+>>> round((change / W0.norm(dim=0)).norm().item(), 4)  # the boundary, where directions agree
 3.0
 """
 

@@ -21,6 +21,9 @@ What W0 lacks stays absent, and the relative change of all else has rank r, not 
 (0.0, True)
 >>> int(torch.linalg.matrix_rank(W - W0))
 6
+>>> A = HiRA().start(torch.zeros(6, 100), 50, 1.0, g)["A"]
+>>> 0.099 < A.abs().max().item() <= 0.1
+True
 """
 
 from dataclasses import dataclass

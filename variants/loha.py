@@ -14,8 +14,8 @@ variance, whatever n:
 >>> import torch
 >>> g = torch.Generator().manual_seed(0)
 >>> p = LoHa().start(torch.zeros(60, 80), 2, 1.0, g)
->>> round(p["A2"].std().item(), 1), round(p["B1"].std().item(), 1), p["B2"].abs().max().item()
-(1.0, 0.1, 0.0)
+>>> [round(p[k].std().item(), 1) for k in ("A1", "A2", "B1", "B2")]
+[1.0, 1.0, 0.1, 0.0]
 >>> p["B2"] = torch.ones(60, 2).cumsum(0) ** torch.arange(2)
 >>> change = LoHa().weight(torch.zeros(60, 80), p, 3.0)
 >>> int(torch.linalg.matrix_rank(change))

@@ -29,6 +29,19 @@ Blocks of the change are multiples of one matrix, so its rank is that of W1 time
 32
 >>> bool(torch.allclose(W[48:64, 60:72], 0.5 * p["W1"][3, 5] * p["B2"] @ p["A2"]))
 True
+
+Both factors full: no scale. Where they start:
+
+>>> full = {"W1": torch.ones(8, 8), "W2": torch.ones(16, 12)}
+>>> [LoKr(rule=rule).weight(W0, full, 0.5)[0, 0].item() for rule in ("authors", "peft")]
+[1.0, 0.5]
+>>> {k: bool(v.any()) for k, v in LoKr().start(W0, 8, 1.0, g).items()}
+{'W1': True, 'W2': False}
+>>> {k: bool(v.any()) for k, v in KronA().start(W0, 0, 1.0, g).items()}
+{'A_k': True, 'B_k': False}
+>>> full = {"A_k": torch.arange(64.0).view(8, 8), "B_k": torch.arange(192.0).view(16, 12)}
+>>> KronA(strength=3.0).weight(W0, full, 1.0)[17, 13].item()  # of A_k[1, 1] and B_k[1, 1]
+351.0
 """
 
 import math

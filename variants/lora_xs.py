@@ -9,14 +9,14 @@ is of W0^T, so the singular values stand on the side of A; alpha = r, so s = 1. 
 start, so the model is off the base by 1e-5 of W0. The official decomposition is randomized
 (sklearn, 10 iterations); here it is exact to fp32. A and B are saved with the adapter.
 
-With R = I the change is the best rank-r part of W0, and the values sit in A alone:
+With R = I the change is s times the best rank-r part of W0, and the values sit in A alone:
 
 >>> import torch
 >>> W0 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
 >>> p = LoRAXS().start(W0, 2, 1.0, torch.Generator().manual_seed(0))
->>> change = LoRAXS().weight(W0, p | {"R": torch.eye(2)}, 1.0) - W0
+>>> change = LoRAXS().weight(W0, p | {"R": torch.eye(2)}, 0.5) - W0
 >>> [round(v, 3) for v in change.diag().tolist()]
-[3.0, 2.0, 0.0]
+[1.5, 1.0, 0.0]
 >>> [round(v, 3) for v in (*p["A"].norm(dim=1).tolist(), *p["B"].norm(dim=0).tolist())]
 [3.0, 2.0, 1.0, 1.0]
 >>> 1e-6 < p["R"].std().item() < 1e-4

@@ -19,6 +19,9 @@ A rank-1 product gives a change of higher rank, in which n, omega and s stand wh
 True
 >>> bool(torch.allclose(change[4], 3 * torch.sin(20 * p["B"][4] * p["A"][0]) / 4, atol=1e-5))
 True
+>>> A = SineLoRA().start(torch.zeros(6, 100), 50, 1.0, g)["A"]
+>>> 0.099 < A.abs().max().item() <= 0.1
+True
 """
 
 import math
