@@ -21,6 +21,8 @@ The start is the base, its first product the best rank-r1 matrix of W0 itself; s
 ([4.0, 3.0, 0.0, 0.0], (1, 4))
 >>> [round(v, 3) for v in (*p["A1"].norm(dim=1).tolist(), *p["B1"].norm(dim=0).tolist())]
 [2.0, 1.732, 2.0, 1.732]
+>>> ABBA().shapes(6, 8, 5)
+{'A1': (3, 8), 'B1': (6, 3), 'A2': (2, 8), 'B2': (6, 2)}
 >>> Constant().value(32, 16), bool(p["A2"].abs().max() > 0.5), bool(p["A2"].abs().max() < 1.5**0.5)
 (32, True, True)
 >>> p = {k: torch.randn(v, generator=g) for k, v in ABBA().shapes(6, 8, 4).items()}

@@ -15,14 +15,16 @@ Rotation leaves group 0 as it is; a group of inputs reaches its own group of out
 
 >>> import torch
 >>> form, q = MoRA(), MoRA().side(12, 12, 2)
->>> q, MoRA(type="sharing").side(13, 12, 2)
-(6, 7)
+>>> q, MoRA(type="sharing").side(17, 12, 2)  # roots of 48 and 58
+(6, 8)
 >>> M = torch.randn(q, q, generator=torch.Generator().manual_seed(0))
 >>> change = form.weight(torch.zeros(12, 12), {"M": M}, 1.0)
 >>> bool(torch.allclose(change[:6, :6], M)), change[6:, :6].abs().max().item()
 (True, 0.0)
->>> turn = torch.tensor(1.0)  # group 1: the pair (0, 3) turns by 1 radian
->>> bool(torch.allclose(change[6:, 6], turn.cos() * M[:, 0] + turn.sin() * M[:, 3], atol=1e-6))
+>>> for at, turn in ((0, torch.tensor(1.0)), (1, torch.tensor(10000 ** (-2 / 6)))):  # in group 1
+...     wanted = turn.cos() * M[:, at] + turn.sin() * M[:, at + 3]
+...     print(bool(torch.allclose(change[6:, 6 + at], wanted, atol=1e-6)))
+True
 True
 >>> shared = MoRA(type="sharing").weight(torch.zeros(8, 9), {"M": M}, 1.0)
 >>> bool(torch.allclose(shared[7], torch.cat([M[1, :3] + M[1, 3:], M[1, 3:], M[1, :3]])))
