@@ -85,12 +85,20 @@ class Form(Part):
         """(A [r, n], B [m, r]) where W = W0 + s B A, else None."""
         return None
 
+    def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor | None:
+        """W - W0, where the equation adds it: so that no product in few bits rounds it away."""
+        return None
+
     def forward(self, x: Tensor, layer: "Adapted") -> Tensor:
         """y = W0 x + (W - W0) dropout(x), by the factors or the dense W. For `linear` kinds."""
         factors = self.factors(layer.p)
         if factors is not None:
             return layer.frozen(x) + layer.low_rank(x, *factors)
         W0 = layer.W0
+        if layer.drops or x.dtype != wide(x.dtype):
+            change = self.change(W0, layer.p, layer.s)
+            if change is not None:
+                return layer.frozen(x) + F.linear(layer.dropout(x), change.to(x.dtype))
         W = self.weight(W0, layer.p, layer.s)
         if not layer.drops:
             return F.linear(x, W.to(x.dtype), layer.bias_like(x))
