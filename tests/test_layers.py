@@ -165,7 +165,7 @@ def test_slices_of_a_fused_layer(preset: str, tmp_path: Path) -> None:
         ({"preset": "lora", "targets": ["q_proj", "typo"]}, "targets=typo: matches no layer"),
         ({"preset": "lora", "dropout": 1.0}, "dropout=1.0: a probability"),
         ({"preset": "full", "init": "pissa"}, "init pissa needs a low-rank form, not full"),
-        ({"preset": "full", "scale": "rslora"}, "form full has no scale"),
+        ({"preset": "full", "scale": "rslora"}, "scale rslora needs a form with a scale"),
         ({"preset": "lora", "allocation": "adalora"}, "needs a form with singular values"),
         ({"preset": "lora", "modules_to_save": ["x"]}, "modules_to_save=x: matches 0 modules"),
     ],

@@ -84,7 +84,8 @@ def choose(
         parts[axis] = _part(axis, info.axes[axis] if given is None else given)
     form: Form = parts["form"]
     if not form.scaled and parts["scale"].name != "none":
-        raise Incompatible(f"form {form.name} has no scale: it needs scale none")
+        needs_scale = "a form with a scale in its equation (one without takes scale none)"
+        raise parts["scale"].refuse(form, needs_scale)
     for part in (parts["allocation"], parts["update"]):
         if part.moves_base and parts["base"].lossy:
             raise part.refuse(parts["base"], "a base that takes any number, as it moves it")

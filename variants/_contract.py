@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ._adapter import Adapter, attach, choose, needs, planned_item, shared_shapes
 from ._api import LowRank
 from ._io import load
+from ._kinds import Kind, NormKind
 from ._layer import Adapted
 from ._registry import describe, find_part, find_preset
 
@@ -89,8 +90,15 @@ class Case:
 
     @property
     def norms(self) -> bool:
-        """Whether the preset adapts norms, which are no matrices and take no dropout."""
-        return find_preset(self.preset).targets == "norms"
+        """Whether the form is for norms, which are no matrices and take no dropout."""
+        form = find_part("form", self.form).load()
+        return form.applies(NormKind, True) and not form.applies(Kind, True)
+
+    @property
+    def form(self) -> str:
+        """The name of the form."""
+        form = self.axes.get("form") or describe(self.preset)["axes"]["form"]
+        return form["name"] if isinstance(form, dict) else form
 
     def toy(self, dtype: torch.dtype = torch.float32) -> Toy:
         """The model."""
@@ -98,9 +106,7 @@ class Case:
 
     def attach(self, model: nn.Module | None = None, **settings: Any) -> Adapter:
         model = self.toy() if model is None else model
-        form = self.axes.get("form") or describe(self.preset)["axes"]["form"]
-        form = form["name"] if isinstance(form, dict) else form
-        ranked = find_part("form", form).traits["rank_means"] is not None
+        ranked = find_part("form", self.form).traits["rank_means"] is not None
         targets = ["before", "after"] if self.norms else ["first", "second"]
         own = {"rank": self.rank if ranked else None, "targets": targets}
         known = {a: self.axes.get(a) or part for a, part in describe(self.preset)["axes"].items()}
@@ -261,17 +267,20 @@ def learns_its_own_form(case: Case) -> None:
         y = teacher.model(x)
     tried = []
     for lr in (1e-2, 1e-1, 1e-3):  # a variant has a learning rate of its own; one of three will do
-        # frozen bases that the seed redraws are a part of the form: the teacher has the same
-        student = case.attach(seed=0 if teacher.choice.form.redrawn else 1)
+        # what is drawn and never trained is a part of the teacher, so the student has the same
+        drawn = teacher.choice.form.redrawn or teacher.choice.untrained
+        student = case.attach(seed=0 if drawn else 1)
         allowed = 0.5 if student.choice.allocation.scheduled else 0.1  # a falling budget drops some
-        losses = _fit(student, x, y, lr)
+        losses = _fit(student, x, y, lr, allowed)
         tried.append(f"lr {lr:g}: {losses[0]:.3g} -> {losses[-1]:.3g}")
         if losses[-1] < allowed * losses[0]:
             return
     raise AssertionError(f"loss {', '.join(tried)}")
 
 
-def _fit(student: Adapter, x: Tensor, y: Tensor, lr: float, steps: int = 300) -> list[float]:
+def _fit(student: Adapter, x: Tensor, y: Tensor, lr: float, allowed: float) -> list[float]:
+    """Losses over 300 steps, or until one is `allowed` times the first."""
+    steps = 300
     optimizer, losses = student.optimizer(lr=lr, steps=steps), []
     for _ in range(steps):
         loss = F.mse_loss(student.model(x), y)
@@ -280,6 +289,8 @@ def _fit(student: Adapter, x: Tensor, y: Tensor, lr: float, steps: int = 300) ->
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        if losses[-1] < allowed * losses[0]:
+            break
     return losses
 
 

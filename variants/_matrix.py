@@ -42,12 +42,12 @@ def joined(*chosen: tuple[str, str]) -> dict[str, Any]:
     """Axes on which the parts are accepted together.
 
     Raises:
-        Incompatible: the reason of the last attempt, where none is.
+        Incompatible: the reason, where none is: one that names every part, if there is one.
     """
     from ._adapter import choose
 
     given = {axis: {"name": part} for axis, part in chosen}
-    refusal: Incompatible | None = None
+    refusals: list[str] = []
     bare = homes()["form", "lora"]
     surroundings = [bare, *(homes()[part] for part in chosen)]
     for base in surroundings:
@@ -57,11 +57,13 @@ def joined(*chosen: tuple[str, str]) -> dict[str, Any]:
             try:
                 choose("lora", 4, 8, **axes | {"scale": scale})
             except Incompatible as error:
-                refusal = error
+                refusals.append(str(error))
             else:
                 return axes | {"scale": scale}
-    assert refusal is not None
-    raise refusal
+    names = [part for _, part in chosen]
+    full = [r for r in refusals if all(re.search(rf"\b{n}\b", r) for n in names)]
+    parts_ = " and ".join(f"{axis} {part}" for axis, part in chosen)
+    raise Incompatible(full[0] if full else f"{parts_}: {refusals[-1]}")
 
 
 def pairs() -> Iterator[Pair]:
