@@ -233,7 +233,7 @@ def test_boft_is_peft_s(factors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = peft.BOFTConfig(
         boft_block_size=2, boft_n_butterfly_factor=factors, target_modules=LAYERS
     )
-    form = {"name": "boft", "factors": factors}
+    form = {"name": "boft", "depth": factors}
     ours, their = ours_and_theirs(config, "boft", rank=2, form=form)
     _, i, j = upper(2)
 
@@ -388,3 +388,24 @@ def test_road_is_peft_s(variant: int) -> None:
     compare(ours, their, pairs)
     x = torch.randn(4, 24)
     assert error(ours.merge()(x), their(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("preset", ["vera", "dora", "ia3", "bitfit", "road"])
+def test_a_convolution_drops_what_the_adapter_sees_alone(preset: str) -> None:
+    """W0 x + (W - W0) dropout(x) and the form's own bias, once; within 1e-6 of torch's conv2d."""
+    rank = 4 if variants.describe(preset)["rank"] else None
+    adapter = variants.attach(
+        nn.Sequential(nn.Conv2d(4, 8, 3)), preset, targets="0", dropout=0.3, rank=rank
+    )
+    layer, generator = adapter.layers["0"].train(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for t in adapter.parameters():
+            t += 0.1 * torch.randn(t.shape, generator=generator)
+        x = torch.randn(2, 4, 6, 6, generator=generator)
+        torch.manual_seed(6)
+        y = layer(x)
+        torch.manual_seed(6)
+        dropped = layer.dropout(x)
+        W0, W = (t.view(8, 4, 3, 3) for t in (layer.W0, layer.weight))
+        assert not torch.equal(dropped, x)
+        assert error(y, F.conv2d(x, W0, layer.bias) + F.conv2d(dropped, W - W0)) <= 1e-6
