@@ -51,7 +51,8 @@ def ours_and_theirs(config: Any, preset: str, **settings: Any) -> tuple[variants
         for t in their.parameters():
             if t.requires_grad:
                 t += 0.1 * torch.randn_like(t)
-    return variants.attach(Net(), preset, **{"targets": LAYERS} | settings), their
+    own: dict[str, Any] = {"targets": LAYERS} | settings
+    return variants.attach(Net(), preset, **own), their
 
 
 def compare(
@@ -233,7 +234,7 @@ def test_boft_is_peft_s(factors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = peft.BOFTConfig(
         boft_block_size=2, boft_n_butterfly_factor=factors, target_modules=LAYERS
     )
-    form = {"name": "boft", "factors": factors}
+    form = {"name": "boft", "depth": factors}
     ours, their = ours_and_theirs(config, "boft", rank=2, form=form)
     _, i, j = upper(2)
 
@@ -247,15 +248,16 @@ def test_boft_is_peft_s(factors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(ours, their, pairs)
 
 
-def test_boft_has_larger_blocks_as_peft_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boft_has_larger_blocks_as_peft_has_them() -> None:
     """The permutations of blocks of 4, three factors of 16 and more."""
     from peft.tuners.boft.layer import BOFTLayer
 
     from variants.boft import permutation
 
+    permuted: Any = BOFTLayer.block_butterfly_perm
     for n, b in ((64, 4), (48, 6), (16, 2)):
         for i in range(3):
-            theirs = BOFTLayer.block_butterfly_perm(None, n, n // b // 2**i, b // 2, 2)
+            theirs = permuted(None, n, n // b // 2**i, b // 2, 2)
             assert torch.equal(permutation(n, b, i, torch.device("cpu")), theirs)
 
 
@@ -294,9 +296,8 @@ def test_ia3_is_peft_s() -> None:
         return [(key, layer.ia3_l["default"], same, same)]
 
     compare(ours, their, pairs)
-    merged = [model.merge_and_unload() if model is their else ours.merge() for model in (their, 0)]
     x = torch.randn(4, 24)
-    assert error(merged[1](x), merged[0](x)) <= 1e-5
+    assert error(ours.merge()(x), their.merge_and_unload()(x)) <= 1e-5
 
 
 def test_ia3_scales_what_the_paper_names() -> None:
@@ -388,3 +389,24 @@ def test_road_is_peft_s(variant: int) -> None:
     compare(ours, their, pairs)
     x = torch.randn(4, 24)
     assert error(ours.merge()(x), their(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("preset", ["vera", "dora", "ia3", "bitfit", "road"])
+def test_a_convolution_drops_what_the_adapter_sees_alone(preset: str) -> None:
+    """W0 x + (W - W0) dropout(x) and the form's own bias, once; within 1e-6 of torch's conv2d."""
+    rank = 4 if variants.describe(preset)["rank"] else None
+    adapter = variants.attach(
+        nn.Sequential(nn.Conv2d(4, 8, 3)), preset, targets="0", dropout=0.3, rank=rank
+    )
+    layer, generator = adapter.layers["0"].train(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for t in adapter.parameters():
+            t += 0.1 * torch.randn(t.shape, generator=generator)
+        x = torch.randn(2, 4, 6, 6, generator=generator)
+        torch.manual_seed(6)
+        y = layer(x)
+        torch.manual_seed(6)
+        dropped = layer.dropout(x)
+        W0, W = (t.view(8, 4, 3, 3) for t in (layer.W0, layer.weight))
+        assert not torch.equal(dropped, x)
+        assert error(y, F.conv2d(x, W0, layer.bias) + F.conv2d(dropped, W - W0)) <= 1e-6

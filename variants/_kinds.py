@@ -86,6 +86,9 @@ class Shell(Kind):
 
     def product(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         swapped = {"weight": self.from_matrix(W)}
+        own = getattr(self.shell, "bias", None)
+        if bias is None and own is not None:  # without it; the shell's own has no numbers
+            bias = W.new_zeros(own.shape)
         if bias is not None:
             swapped["bias"] = bias
         if x.is_floating_point():

@@ -201,7 +201,8 @@ class Adapted(nn.Module):
         W = self.form.weight(W0, self.p, self.s)
         if not self.drops:
             return self.kind.product(x, W, self.bias)
-        return self.frozen(x) + self.kind.product(self.dropout(x), W - W0, None)
+        base = self.kind.product(x, W0, self.bias)
+        return base + self.kind.product(self.dropout(x), W - W0, None)
 
     def extra_repr(self) -> str:
         return f"{self.form.name}, rank={self.rank}, s={self.s:g}, dropout={self.p_drop:g}"

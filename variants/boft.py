@@ -19,7 +19,7 @@ Blocks of 2 mix 2 inputs, by two factors 4, by three 8; row norms are g times W0
 >>> W0 = torch.zeros(1, 8)
 >>> W0[0, 5] = 2.0
 >>> for M in (1, 2, 3):
-...     W = BOFT(factors=M).weight(W0, p | {"Q": p["Q"][:M]}, 1.0)
+...     W = BOFT(depth=M).weight(W0, p | {"Q": p["Q"][:M]}, 1.0)
 ...     print(W[0].abs().gt(1e-6).int().tolist(), round(W.norm().item(), 4))
 [0, 0, 0, 0, 1, 1, 0, 0] 6.0
 [0, 0, 0, 0, 1, 1, 1, 1] 6.0
@@ -29,12 +29,12 @@ One factor is OFT; the second of two acts after the first, between the halves of
 
 >>> from variants.oft import OFT
 >>> ones, W0 = torch.ones(1), torch.randn(1, 8, generator=g)
->>> first = BOFT(factors=1).weight(W0, {"Q": p["Q"][:1], "g": ones}, 1.0)
+>>> first = BOFT(depth=1).weight(W0, {"Q": p["Q"][:1], "g": ones}, 1.0)
 >>> torch.allclose(first, OFT().weight(W0, {"Q": p["Q"][0]}, 1.0))
 True
 >>> order = [0, 2, 1, 3, 4, 6, 5, 7]
 >>> second = OFT().weight(first[:, order], {"Q": p["Q"][1]}, 1.0)[:, order]
->>> torch.allclose(BOFT(factors=2).weight(W0, {"Q": p["Q"][:2], "g": ones}, 1.0), second, atol=1e-5)
+>>> torch.allclose(BOFT(depth=2).weight(W0, {"Q": p["Q"][:2], "g": ones}, 1.0), second, atol=1e-5)
 True
 """
 
@@ -59,7 +59,7 @@ def permutation(n: int, b: int, factor: int, device: torch.device) -> Tensor:
 class BOFT(Form, name="boft"):
     """Rotates the inputs by a product of sparse rotations."""
 
-    factors: int = 2
+    depth: int = 2
     """M, sparse rotations in the product"""
 
     rank_means = "b, the size of the rotated blocks of inputs; b 2^(M-1) divides their number"
@@ -68,23 +68,23 @@ class BOFT(Form, name="boft"):
     rank_is_bounded = False
 
     def __post_init__(self) -> None:
-        if self.factors < 1:
-            raise Incompatible(f"form boft: factors={self.factors}; 1 or more")
+        if self.depth < 1:
+            raise Incompatible(f"form boft: depth={self.depth}; 1 or more")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"Q": (self.factors, n // r, r * (r - 1) // 2), "g": (m,)}
+        return {"Q": (self.depth, n // r, r * (r - 1) // 2), "g": (m,)}
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
         m, n = W0.shape
         return {"Q": W0.new_zeros(self.shapes(m, n, r)["Q"]), "g": W0.new_ones(m)}
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        return divisor(n, r, where, 2 ** (self.factors - 1), even=self.factors > 1)
+        return divisor(n, r, where, 2 ** (self.depth - 1), even=self.depth > 1)
 
     def _orders(self, n: int, b: int, device: torch.device) -> list[Tensor]:
-        if self.factors == 1:
+        if self.depth == 1:
             return [torch.arange(n, device=device)]
-        return [permutation(n, b, i, device) for i in range(self.factors)]
+        return [permutation(n, b, i, device) for i in range(self.depth)]
 
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         n = W0.shape[1]

@@ -21,6 +21,10 @@ Gain and bias move, what normalizes does not:
 >>> _ = p["gain"].data.fill_(2.0), p["b"].data.fill_(7.0)
 >>> torch.allclose(adapter.model(x), 2 * before + 7)
 True
+>>> mixed = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RMSNorm(4))
+>>> found = variants.attach(mixed, "ln_tuning", targets="0,1").layers
+>>> {name: list(layer.params) for name, layer in found.items()}
+{'1': ['gain']}
 """
 
 from dataclasses import dataclass

@@ -23,6 +23,10 @@ A Q of 2 x 2 turns by 2 atan(q), so that q = 1 is a quarter turn; the norms of r
 >>> W = OFT().weight(W0, {"Q": Q}, 1.0)
 >>> torch.allclose(W @ W.T, W0 @ W0.T, atol=1e-4), OFT().rank_of(5, 20, 8, "here")
 (True, 5)
+>>> q = torch.tensor([[0.1]])  # I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4, with Q^2 = -q^2 I
+>>> W = OFT(neumann=5).weight(torch.eye(2), {"Q": q}, 1.0)
+>>> round(W[0, 0].item(), 6), round(W[1, 0].item(), 6)
+(0.9801, 0.198)
 """
 
 from dataclasses import dataclass

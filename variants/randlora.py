@@ -31,6 +31,11 @@ True
 ([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]])
 >>> [round(p[k].std().item(), 4) for k in "AB"]
 [1.0, 1.0]
+>>> for basis in ("sparse", "very_sparse"):
+...     B = RandLoRA(basis=basis).start_shared(100, 100, 50, g, torch.empty(0))["B"]
+...     print(len(B.unique()), round((B != 0).float().mean().item(), 1))
+3 0.3
+3 0.1
 """
 
 from dataclasses import dataclass

@@ -19,10 +19,12 @@ An angle of 90 degrees carries the first half of a group to the second, a length
 [5.0, -4.0, 15.0, 2.0]
 >>> [round(v, 4) for v in form.bias(W0[:, 0], p).tolist()]
 [5.0, -4.0, 15.0, 2.0]
->>> p = {k: torch.ones(1, 4, 1) for k in "at"}  # RoAd_4: t11, t22, t12, t21
+>>> form.rank_of(128, 8, 1, "here"), RoAd(group=64).rank_of(172, 8, 1, "here")
+(2, 4)
+>>> p = {"a": torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])}  # RoAd_4: a11, a22, a12, a21
 >>> p["t"] = torch.tensor([[[0.0], [torch.pi], [torch.pi / 2], [-torch.pi / 2]]])
 >>> [round(v, 4) for v in RoAd(variant=4).weight(W0[:2], p, 1.0)[:, 0].tolist()]
-[-1.0, -3.0]
+[-5.0, -8.0]
 """
 
 from dataclasses import dataclass

@@ -30,6 +30,10 @@ True
 ((2048, 256), -0.02, 0.02)
 >>> round(VBLoRA().start(torch.zeros(600, 8), 4, 1.0, g)["logits_B"].std().item(), 3)
 0.01
+>>> import variants
+>>> adapter = variants.attach(torch.nn.Sequential(torch.nn.Linear(8, 6)), "vblora", targets="0")
+>>> [(len(g["params"]), g["lr"]) for g in adapter.optimizer(lr=1e-3).param_groups]
+[(1, 0.001), (2, 0.01)]
 """
 
 from collections.abc import Mapping, Sequence

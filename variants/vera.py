@@ -18,11 +18,15 @@ b scales rows and d scales what lies between; A and B have the variance 2 / fan-
 >>> dW = VeRA().weight(torch.zeros(6, 8), p | {"b": torch.arange(6.0)}, 1.0)
 >>> torch.allclose(dW[3], 3 * p["B"][3, 0] * p["A"][0]), dW[0].norm().item()
 (True, 0.0)
->>> A = VeRA().start_shared(64, 96, 1024, g, torch.empty(0))["A"]
->>> round(A.var().item() * 96, 1), round(A.abs().max().item() * 96**0.5, 2)  # 2 and sqrt(6)
-(2.0, 2.45)
->>> {k: t.tolist() for k, t in VeRA().start(torch.ones(2, 3), 1, 1.0, g).items()}
-{'d': [0.10000000149011612], 'b': [0.0, 0.0]}
+>>> pair = VeRA().start_shared(64, 96, 1024, g, torch.empty(0))
+>>> for k, fan_in in (("A", 96), ("B", 1024)):  # 2 and sqrt(6)
+...     print(round(pair[k].var().item() * fan_in, 1), round(pair[k].max().item() * fan_in**0.5, 2))
+2.0 2.45
+2.0 2.45
+>>> {k: t.tolist() for k, t in DVoRA().start(3 * torch.eye(2), 1, 1.0, g).items()}
+{'d': [0.10000000149011612], 'b': [0.0, 0.0], 'm': [3.0, 3.0]}
+>>> VeRA().start(torch.eye(2), 1, 1.0, g)["d"].tolist()
+[0.10000000149011612]
 """
 
 from dataclasses import dataclass
