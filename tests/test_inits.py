@@ -379,6 +379,24 @@ def test_eva_is_a_principal_component_analysis_of_the_inputs() -> None:
     same(plain.A.abs(), np.abs(np.linalg.svd(X.numpy(), full_matrices=False)[2][:2]), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["corda", "eva", "lora_ga", "lora_one", "gora"])
+def test_what_is_kept_for_more_directions_holds_those_of_fewer(name: str) -> None:
+    """An allocation may give any rank up to its `most`: the start is that of the rank itself."""
+    W, G, X = example()
+    moments = {"covariance": X.mT @ X / len(X), "mean": X.mean(0), "gradient": G}
+    moments["scaled_covariance"] = moments["covariance"]
+    for mode in ("instruction", "knowledge") if name == "corda" else (None,):
+        init = find_part("init", name).load(**({"mode": mode} if mode else {}))
+        own = {k: moments[k] for k in init.needs}
+        few, many = (
+            init.start(W, 3, 1.0, torch.Generator().manual_seed(4), init.reduce(W, own, r))
+            for r in (3, 9)
+        )
+        same(many.A.abs(), few.A.abs(), 1e-7)
+        if few.B.any():
+            same(many.B.abs(), few.B.abs(), 1e-7)
+
+
 # KaSA
 
 

@@ -21,6 +21,9 @@ Two layers, of which the first has all its variance in one direction:
 ...          for k, v in spread.items()}
 >>> rule.shared_out({"a": 2, "b": 2}, {k: own["ratios"] for k, own in found.items()})
 {'a': 1, 'b': 3}
+>>> own = rule.reduce(W, {"covariance": spread["b"].diag(), "mean": torch.zeros(4)}, 1)
+>>> own["ratios"].tolist(), rule.keeps_scale
+([0.375, 0.3125], True)
 
 A finds the second input, which varies most; about zero the mean would have drawn it to the third:
 
