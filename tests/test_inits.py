@@ -333,7 +333,7 @@ def test_corda_by_the_authors_formula(mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "method"), [("instruction", "ipm"), ("knowledge", "kpm")])
 def test_corda_is_peft_s(mode: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way against PEFT's `preprocess_corda`, samples one by one: B A and A, 1e-3."""
+    """The whole way against PEFT's `preprocess_corda`, samples one by one: B A and A, 1e-4."""
     # peft 0.21 takes `dataclass` from attrs, which it does not list among its requirements
     monkeypatch.setitem(sys.modules, "attr", dataclasses)
     from peft.tuners.lora.corda import preprocess_corda
@@ -353,8 +353,8 @@ def test_corda_is_peft_s(mode: str, method: str, monkeypatch: pytest.MonkeyPatch
     for name, layer in adapter.layers.items():
         other = their.get_submodule(name)
         A, B = (getattr(other, f"lora_{k}")["default"].weight for k in "AB")
-        same(layer.params["B"] @ layer.params["A"], B @ A, 1e-3)
-        same(layer.params["A"].abs(), A.abs(), 1e-3)
+        same(layer.params["B"] @ layer.params["A"], B @ A, 1e-4)
+        same(layer.params["A"].abs(), A.abs(), 1e-4)
 
 
 def test_eva_is_a_principal_component_analysis_of_the_inputs() -> None:
@@ -685,6 +685,16 @@ def test_errors_are_said_in_the_user_s_words() -> None:
             variants.attach(model, preset, **({"rank": 2} | settings))
         assert [p.requires_grad for p in model.parameters()] == trained
         assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_patches_of_a_convolution_are_its_inputs() -> None:
+    """Against the plain definition of a convolution; a grouped one is refused."""
+    conv, x = nn.Conv2d(3, 4, 2, bias=False), torch.randn(2, 3, 5, 5)
+    samples = _calibrate._samples(conv, x, None)
+    assert [tuple(s.shape) for s in samples] == [(16, 12)] * 2
+    same(samples[1] @ conv.weight.flatten(1).mT, conv(x)[1].flatten(1).mT, 1e-5)
+    with pytest.raises(variants.Incompatible, match="no inputs of Conv2d"):
+        _calibrate._samples(nn.Conv2d(4, 4, 2, groups=2), torch.randn(1, 4, 5, 5), None)
 
 
 # ranks that an allocation gives
