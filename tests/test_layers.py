@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import variants
-from variants._adapter import fingerprint
+from variants._adapter import choose, fingerprint, needs
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,7 +90,9 @@ def test_every_variant_on_every_architecture(build: Any, preset: str, tmp_path: 
     with torch.no_grad():
         before = model(**inputs).logits
     rank = None if preset == "full" else 4
-    adapter = variants.attach(model, preset, rank=rank)
+    labels = ids if before.ndim == 3 else torch.tensor([0, 1])
+    batches = [inputs | {"labels": labels}] if needs(choose(preset)) else None
+    adapter = variants.attach(model, preset, rank=rank, calibration=batches)
     optimizer = adapter.optimizer(1e-2, steps=4)
     for _ in range(4):
         penalty = adapter.penalty()
