@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import variants
 from analysis.params import SHAPES, count, meta_model
+from variants._adapter import choose, needs
 
 LINEAR5 = "q_proj,k_proj,v_proj,up_proj,down_proj"
 SIX = "q,k,v,o,up,down"
@@ -63,10 +65,14 @@ def test_the_count_is_what_attach_trains(stories: Path) -> None:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(stories)
+    ids = torch.arange(1, 65).view(2, 32)
     for preset in variants.names():
         rank = None if preset == "full" else 8
-        counted = count(meta_model(str(stories)), preset, rank)["trainable"]
-        adapter = variants.attach(model, preset, rank=rank)
+        # ranks that calibration gives are not known from shapes: those asked for are counted
+        axes = {"allocation": "uniform"} if choose(preset).allocation.needs else {}
+        counted = count(meta_model(str(stories)), preset, rank, **axes)["trainable"]
+        batches = [{"input_ids": ids, "labels": ids}] if needs(choose(preset)) else None
+        adapter = variants.attach(model, preset, rank=rank, calibration=batches, **axes)
         assert adapter.num_trainable == counted
         adapter.detach()
 
