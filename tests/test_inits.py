@@ -333,7 +333,7 @@ def test_corda_by_the_authors_formula(mode: str) -> None:
 
 @pytest.mark.parametrize(("mode", "method"), [("instruction", "ipm"), ("knowledge", "kpm")])
 def test_corda_is_peft_s(mode: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way against PEFT's `preprocess_corda`, samples one by one: B A and A, 1e-3."""
+    """The whole way against PEFT's `preprocess_corda`, samples one by one: B A and A, 1e-4."""
     # peft 0.21 takes `dataclass` from attrs, which it does not list among its requirements
     monkeypatch.setitem(sys.modules, "attr", dataclasses)
     from peft.tuners.lora.corda import preprocess_corda
@@ -353,8 +353,8 @@ def test_corda_is_peft_s(mode: str, method: str, monkeypatch: pytest.MonkeyPatch
     for name, layer in adapter.layers.items():
         other = their.get_submodule(name)
         A, B = (getattr(other, f"lora_{k}")["default"].weight for k in "AB")
-        same(layer.params["B"] @ layer.params["A"], B @ A, 1e-3)
-        same(layer.params["A"].abs(), A.abs(), 1e-3)
+        same(layer.params["B"] @ layer.params["A"], B @ A, 1e-4)
+        same(layer.params["A"].abs(), A.abs(), 1e-4)
 
 
 def test_eva_is_a_principal_component_analysis_of_the_inputs() -> None:
@@ -377,6 +377,24 @@ def test_eva_is_a_principal_component_analysis_of_the_inputs() -> None:
     same(start.A.abs(), their.components_[:4].abs(), 1e-5)
     plain, _ = started("eva", torch.zeros(20, 24).double(), 2, 1.0, found, centered=False)
     same(plain.A.abs(), np.abs(np.linalg.svd(X.numpy(), full_matrices=False)[2][:2]), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["corda", "eva", "lora_ga", "lora_one", "gora"])
+def test_what_is_kept_for_more_directions_holds_those_of_fewer(name: str) -> None:
+    """An allocation may give any rank up to its `most`: the start is that of the rank itself."""
+    W, G, X = example()
+    moments = {"covariance": X.mT @ X / len(X), "mean": X.mean(0), "gradient": G}
+    moments["scaled_covariance"] = moments["covariance"]
+    for mode in ("instruction", "knowledge") if name == "corda" else (None,):
+        init = find_part("init", name).load(**({"mode": mode} if mode else {}))
+        own = {k: moments[k] for k in init.needs}
+        few, many = (
+            init.start(W, 3, 1.0, torch.Generator().manual_seed(4), init.reduce(W, own, r))
+            for r in (3, 9)
+        )
+        same(many.A.abs(), few.A.abs(), 1e-7)
+        if few.B.any():
+            same(many.B.abs(), few.B.abs(), 1e-7)
 
 
 # KaSA
@@ -667,6 +685,16 @@ def test_errors_are_said_in_the_user_s_words() -> None:
             variants.attach(model, preset, **({"rank": 2} | settings))
         assert [p.requires_grad for p in model.parameters()] == trained
         assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_patches_of_a_convolution_are_its_inputs() -> None:
+    """Against the plain definition of a convolution; a grouped one is refused."""
+    conv, x = nn.Conv2d(3, 4, 2, bias=False), torch.randn(2, 3, 5, 5)
+    samples = _calibrate._samples(conv, x, None)
+    assert [tuple(s.shape) for s in samples] == [(16, 12)] * 2
+    same(samples[1] @ conv.weight.flatten(1).mT, conv(x)[1].flatten(1).mT, 1e-5)
+    with pytest.raises(variants.Incompatible, match="no inputs of Conv2d"):
+        _calibrate._samples(nn.Conv2d(4, 4, 2, groups=2), torch.randn(1, 4, 5, 5), None)
 
 
 # ranks that an allocation gives

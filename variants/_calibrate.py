@@ -211,7 +211,10 @@ def _watched(
 
 def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:
     """The inputs [tokens, n] that W multiplies, one for each sample, without padding."""
-    x = kind_of(module)(module).inputs(x)
+    try:
+        x = kind_of(module)(module).inputs(x)
+    except NotImplementedError as error:  # a grouped convolution
+        raise Incompatible(f"calibration: no inputs of {module} can be measured") from error
     x = x.to(wide(x.dtype))
     mask = None if mask is None or mask.ndim != 2 else mask.to(x.device).bool()
     if mask is not None and x.ndim == 2 and len(x) == mask.numel():

@@ -7,7 +7,7 @@ X holds the inputs of a layer, a row a token. The r L directions, of all L matri
 explain most of their own layer's variance (S_j^2 over the sum of S^2) are kept, at most rho r in
 one matrix: the ranks r_i. A matrix that gets none is not adapted. Official code: ml-jku/EVA,
 src/svd.py (`compute_svd`), an incremental PCA, batch after batch until the components stand still
-(cosine 0.99): the inputs are centred, which the paper does not say (`centered`). Here the moments
+(cosine 0.99), so the inputs are centred (`centered`), as in PEFT's. Here the moments
 of a fixed number of batches are summed, and decomposed once. s stays that of the rank asked for, as
 with PEFT's `adjust_scaling_factors` (there off by a root under rslora); the official train.py keeps
 alpha, so that s falls as a rank grows.
@@ -21,6 +21,9 @@ Two layers, of which the first has all its variance in one direction:
 ...          for k, v in spread.items()}
 >>> rule.shared_out({"a": 2, "b": 2}, {k: own["ratios"] for k, own in found.items()})
 {'a': 1, 'b': 3}
+>>> own = rule.reduce(W, {"covariance": spread["b"].diag(), "mean": torch.zeros(4)}, 1)
+>>> own["ratios"].tolist(), rule.keeps_scale
+([0.375, 0.3125], True)
 
 A finds the second input, which varies most; about zero the mean would have drawn it to the third:
 

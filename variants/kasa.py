@@ -20,6 +20,9 @@ KaSA truncates as the paper, and sums over layers with Gram matrices [r, r] (`ru
 >>> p = {"A": torch.eye(2), "B": torch.eye(2), "d": torch.tensor([0.5, -3.0])}
 >>> KaSA().weight(torch.zeros(2, 2), p, 2.0).diag().tolist()
 [1.0, -6.0]
+>>> g = torch.Generator().manual_seed(0)
+>>> round(KaSA().start(torch.zeros(1000, 1000), 1000, 1.0, g)["d"].std().item(), 1)
+1.0
 
 Of one matrix, d^2 = 9, ||A^T A - I|| = 1 and ||B B^T - I|| = sqrt(1 + 1 + 3^2):
 

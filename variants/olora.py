@@ -8,13 +8,13 @@ coordinates. Official code: the author's own in PEFT, lora/layer.py (`olora_init
 repeated here: neither factor is divided by s, so the base loses s times the part, not the part.
 PEFT leaves the base moved when the adapter is disabled; here the original stays at hand.
 
-With s = 1 the first r columns of the base are empty, and B is orthonormal:
+B is orthonormal; with s = 1 the first r columns of the base would be empty, with s = 2 they turn:
 
 >>> import torch
 >>> W0 = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
->>> start = OLoRA().start(W0, 2, 1.0, torch.Generator(), {})
->>> base = W0 - start.B @ start.A
->>> bool(base[:, :2].abs().max() < 1e-6), bool(base[:, 2:].norm() > 1)
+>>> start = OLoRA().start(W0, 2, 2.0, torch.Generator(), {})
+>>> base = W0 - 2.0 * start.B @ start.A
+>>> torch.allclose(base[:, :2], -W0[:, :2], atol=1e-6), bool(base[:, 2:].norm() > 1)
 (True, True)
 >>> torch.allclose(start.B.T @ start.B, torch.eye(2), atol=1e-6)
 True
