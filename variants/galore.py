@@ -23,6 +23,19 @@ nothing of the gradient is lost, with one direction a step has rank one:
 (6, 4) 4 True
 (1, 6) 1 False
 (4, 6) 4 True
+
+A first step is rate times factor long in each number of the projection, and keeps its directions:
+
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).double()
+>>> update = {"name": "galore", "rank": 2, "factor": 0.5}
+>>> adapter = variants.attach(model, "galore", targets=["0"], update=update)
+>>> optimizer, W = adapter.optimizer(lr=0.1), adapter.layers["0"].params["W"]
+>>> before = W.detach().clone()
+>>> _ = model(torch.randn(9, 8).double()).square().sum().backward(), optimizer.step()
+>>> d = directions(W.grad, 2)
+>>> torch.allclose((d.T @ (before - W)).abs(), torch.tensor(0.05).double())
+True
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -25,6 +25,17 @@ each is a tensor by itself. The scale follows the triplets in use, the reserve c
 ...     return Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)[0, 0].item()
 >>> entry(1) == 8 / 1 * (1 + 0.5), entry(2) == 8 / 2 * (1 + 0.5)
 (True, True)
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False))
+>>> layer = variants.attach(model, "increlora", rank=4, targets=["0"]).layers["0"]
+>>> rule = Growth(target_rank=3.0, warmup=2.0, every=2.0, top=1)
+>>> state, numbers = rule.begin({"0": layer}, 20), []
+>>> for step in range(1, 9):
+...     _ = rule.after_step({"0": layer}, state, step)
+...     E = [layer.params[f"E{j}"].item() for j in range(4)]
+...     numbers += [(state["used"]["0"], sum(e > 0 for e in E))]
+>>> numbers[0], numbers[3], numbers[4], numbers[7]       # in use, and E above zero
+((1, 1), (1, 1), (2, 2), (3, 2))
 """
 
 import math
@@ -60,12 +71,11 @@ class Increments(Form, name="increlora"):
                 for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        p = {"share": W0.new_ones(())}
-        for k, shape in self.shapes(*W0.shape, r).items():  # type: ignore[call-arg]
-            p[k] = W0.new_zeros(shape)
-            if k[0] != "E":
-                p[k] += (0.02 * torch.randn(shape, generator=generator)).to(W0)
-        return p
+        shapes = self.shapes(W0.shape[0], W0.shape[1], r)
+        p = {k: W0.new_zeros(shape) if k[0] == "E"
+             else (0.02 * torch.randn(shape, generator=generator)).to(W0)
+             for k, shape in shapes.items()}  # fmt: skip
+        return {"share": W0.new_ones(()), **p}
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
         if "D" in p:
@@ -159,7 +169,8 @@ class Growth(Allocation, name="increlora"):
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         times = (self.warmup, self.until, self.every, self.restart)
         warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
-        used = {name: self._used(layer) for name, layer in layers.items()}
+        used = {name: _in_use(layer) or min(self.initial, layer.rank)
+                for name, layer in layers.items()}  # fmt: skip
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
         if target > room:
@@ -175,11 +186,6 @@ class Growth(Allocation, name="increlora"):
         _rewarm.begin(state)
         self._count(layers, state)
         return state
-
-    def _used(self, layer: Adapted) -> int:
-        """The triplets to begin with; a trained adapter goes on with those it has."""
-        trained = triplets(layer.params)[1].any()  # type: ignore[arg-type]
-        return _in_use(layer) if trained else min(self.initial, layer.rank)
 
     def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
         grows = state["budget"] < state["target"]
@@ -249,6 +255,9 @@ class Growth(Allocation, name="increlora"):
 
 
 def _in_use(layer: Adapted) -> int:
+    """The triplets in use; 0 where all are as they were made."""
+    if not triplets(layer.params)[1].any():  # type: ignore[arg-type]
+        return 0
     return round(layer.params["share"].item() * layer.rank)
 
 
