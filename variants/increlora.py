@@ -22,13 +22,19 @@ each is a tensor by itself. The scale follows the triplets in use, the reserve c
 >>> p |= {"P1": torch.ones(2, 1), "E1": torch.full((1,), 0.5), "Q1": torch.ones(1, 3)}
 >>> def entry(used):                                                     # r = 2, alpha = 8
 ...     share = {"share": torch.tensor(used / 2)}
-...     return Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)[0, 0].item()
->>> entry(1) == 8 / 1 * (1 + 0.5), entry(2) == 8 / 2 * (1 + 0.5)
+...     A, B = Increments().factors(p | share)
+...     W = Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)
+...     return W[0, 0].item(), (8 / 2 * B @ A)[0, 0].item()
+>>> entry(1) == (8 / 1 * (1 + 0.5),) * 2, entry(2) == (8 / 2 * (1 + 0.5),) * 2
 (True, True)
 >>> import variants
->>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False))
->>> layer = variants.attach(model, "increlora", rank=4, targets=["0"]).layers["0"]
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+>>> layers = variants.attach(model, "increlora", rank=4, targets=["0", "1"]).layers
 >>> rule = Growth(target_rank=3.0, warmup=2.0, every=2.0, top=1)
+>>> state = rule.begin(layers, 20)
+>>> rule._grow(layers, state, scores=[0.1, 0.2]), state["used"]    # the larger score gets one
+(['1:E1', '1:P2', '1:Q2'], {'0': 1, '1': 2})
+>>> layer = layers["0"]
 >>> state, numbers = rule.begin({"0": layer}, 20), []
 >>> for step in range(1, 9):
 ...     _ = rule.after_step({"0": layer}, state, step)
