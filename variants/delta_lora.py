@@ -10,18 +10,21 @@ the default here as well. K is the laboratory's choice, for runs of some hundred
 original weight is kept, and the moved one is saved with the adapter. A base of coded or rounded
 weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them.
 
-What the layer gains by a step is 1 + lambda times what its factors gain:
+What the layer gains by a step is 1 + lambda times what its factors gain, up to K just that:
 
 >>> import torch, variants
->>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).double()
->>> update = {"name": "delta_lora", "start": -1}
->>> adapter = variants.attach(model, "delta_lora", rank=2, targets=["0"], update=update)
->>> layer, optimizer = adapter.layers["0"], adapter.optimizer(lr=0.1)
->>> W = layer.weight.detach()
->>> model(torch.ones(3, 8).double()).sum().backward()
->>> _ = optimizer.step()
->>> torch.allclose(layer.weight - W, 3 * layer.s * layer.params["B"] @ layer.params["A"])
-True
+>>> def gain(K):
+...     model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).double()
+...     update = {"name": "delta_lora", "start": K}
+...     adapter = variants.attach(model, "delta_lora", rank=2, targets=["0"], update=update)
+...     layer, optimizer = adapter.layers["0"], adapter.optimizer(lr=0.1)
+...     W = layer.weight.detach()
+...     model(torch.ones(3, 8).double()).sum().backward()
+...     optimizer.step()
+...     BA = layer.s * layer.params["B"] @ layer.params["A"]
+...     return round(((layer.weight - W) / BA).mean().item(), 6)
+>>> gain(-1), gain(0)
+(3.0, 1.0)
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,6 +23,12 @@ True
 >>> change.sum().backward()
 >>> [bool(row.any()) for row in A.grad]
 [True, True, False, False]
+>>> state, drawn = DyLoRA().begin({"0": layer}, 400), []
+>>> for step in range(1, 400):
+...     _ = DyLoRA().after_step({"0": layer}, state, step)
+...     drawn += [state["b"]]
+>>> sorted(set(drawn)), all(70 < drawn.count(b) < 130 for b in (1, 2, 3, 4))
+([1, 2, 3, 4], True)
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,18 +11,32 @@ matrix with less than r singular vectors keeps them all. What is no matrix goes 
 are the official ones; the preset has LoRA's rank and the step of the official fine-tuning script.
 
 The larger side keeps its size, so the moments hold r max(m, n) numbers; with every direction kept
-nothing of the gradient is lost, with one direction a step has rank one:
+nothing of the gradient is lost, with one its largest singular value is what is left:
 
 >>> import torch
 >>> for G in (torch.randn(6, 4), torch.randn(4, 6)):
 ...     for r in (1, 4):
 ...         low, rebuilt = projected(G, directions(G, r))
 ...         print(tuple(low.shape), int(torch.linalg.matrix_rank(rebuilt(low))),
-...               torch.allclose(rebuilt(low), G, atol=1e-5))
-(6, 1) 1 False
-(6, 4) 4 True
-(1, 6) 1 False
-(4, 6) 4 True
+...               torch.allclose(rebuilt(low), G, atol=1e-5),
+...               torch.allclose(low.norm(), torch.linalg.svdvals(G)[:r].norm()))
+(6, 1) 1 False True
+(6, 4) 4 True True
+(1, 6) 1 False True
+(4, 6) 4 True True
+
+A first step is rate times factor long in each number of the projection, and keeps its directions:
+
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).double()
+>>> update = {"name": "galore", "rank": 2, "factor": 0.5}
+>>> adapter = variants.attach(model, "galore", targets=["0"], update=update)
+>>> optimizer, W = adapter.optimizer(lr=0.1), adapter.layers["0"].params["W"]
+>>> before = W.detach().clone()
+>>> _ = model(torch.randn(9, 8).double()).square().sum().backward(), optimizer.step()
+>>> d = directions(W.grad, 2)
+>>> torch.allclose((d.T @ (before - W)).abs(), torch.tensor(0.05).double())
+True
 """
 
 from collections.abc import Callable, Mapping, Sequence

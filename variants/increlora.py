@@ -22,29 +22,44 @@ each is a tensor by itself. The scale follows the triplets in use, the reserve c
 >>> p |= {"P1": torch.ones(2, 1), "E1": torch.full((1,), 0.5), "Q1": torch.ones(1, 3)}
 >>> def entry(used):                                                     # r = 2, alpha = 8
 ...     share = {"share": torch.tensor(used / 2)}
-...     return Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)[0, 0].item()
->>> entry(1) == 8 / 1 * (1 + 0.5), entry(2) == 8 / 2 * (1 + 0.5)
+...     A, B = Increments().factors(p | share)
+...     W = Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)
+...     return W[0, 0].item(), (8 / 2 * B @ A)[0, 0].item()
+>>> entry(1) == (8 / 1 * (1 + 0.5),) * 2, entry(2) == (8 / 2 * (1 + 0.5),) * 2
 (True, True)
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+>>> layers = variants.attach(model, "increlora", rank=4, targets=["0", "1"]).layers
+>>> rule = Growth(target_rank=3.0, warmup=2.0, every=2.0, top=1)
+>>> state = rule.begin(layers, 20)
+>>> rule._grow(layers, state, scores=[0.1, 0.2]), state["used"]    # the larger score gets one
+(['1:E1', '1:P2', '1:Q2'], {'0': 1, '1': 2})
+>>> layer = layers["0"]
+>>> state, numbers = rule.begin({"0": layer}, 20), []
+>>> for step in range(1, 9):
+...     _ = rule.after_step({"0": layer}, state, step)
+...     E = [layer.params[f"E{j}"].item() for j in range(4)]
+...     numbers += [(state["used"]["0"], sum(e > 0 for e in E))]
+>>> numbers[0], numbers[3], numbers[4], numbers[7]       # in use, and E above zero
+((1, 1), (1, 1), (2, 2), (3, 2))
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import _rewarm
 from ._api import Allocation, Form, Tensors
 from ._layer import Adapted
 from ._registry import Incompatible, preset
+from ._triplets import change, in_use, shown, triplets
 
 if TYPE_CHECKING:
     from ._adapter import Choice
-
-RESERVE = 1e-5  # E of a triplet that is learned in advance
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,11 @@ class Increments(Form, name="increlora"):
                 for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        p = {"share": W0.new_ones(())}
-        for k, shape in self.shapes(*W0.shape, r).items():  # type: ignore[call-arg]
-            p[k] = W0.new_zeros(shape)
-            if k[0] != "E":
-                p[k] += (0.02 * torch.randn(shape, generator=generator)).to(W0)
-        return p
+        shapes = self.shapes(W0.shape[0], W0.shape[1], r)
+        p = {k: W0.new_zeros(shape) if k[0] == "E"
+             else (0.02 * torch.randn(shape, generator=generator)).to(W0)
+             for k, shape in shapes.items()}  # fmt: skip
+        return {"share": W0.new_ones(()), **p}
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
         if "D" in p:
@@ -78,42 +92,9 @@ class Increments(Form, name="increlora"):
 
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
         p = layer.p
-        factors = self.factors(p)
-        if factors is not None:
-            return layer.frozen(x) + layer.low_rank(x, *factors)
-        return layer.frozen(x) + F.linear(layer.dropout(x), p["D"].to(x.dtype))
-
-
-def triplets(p: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """P [m, k], E [k] and Q [k, n] of the triplets that p holds."""
-    P, E, Q = ([p[f"{k}{j}"] for j in range(sum(k[0] == "E" for k in p))] for k in "PEQ")
-    return torch.cat(P, 1), torch.cat(E), torch.cat(Q)
-
-
-def change(p: Tensors, s: float) -> Tensor:
-    """W - W0."""
-    P, E, Q = triplets(p)
-    return (s / p["share"]) * (P * E) @ Q
-
-
-def shown(
-    name: str, layer: Adapted, used: int, count: int, scores: dict[str, Tensor] | None
-) -> Callable[[Tensors], Tensors]:
-    """What training sees of p: triplets in use and, up to `count`, in reserve. With `scores` the
-    dense change D as well, whose gradient goes into the layer's score."""
-
-    def view(p: Tensors) -> Tensors:
-        seen = {k: t for k, t in p.items() if k == "share" or int(k[1:]) < count}
-        seen |= {f"E{j}": seen[f"E{j}"].detach() for j in range(used, count)}
-        if scores is None:
-            return seen
-        D = change(seen, layer.full_s)
-        if D.requires_grad:
-            size = D.detach() / math.sqrt(D.numel())
-            D.register_hook(lambda g: scores.update({name: (size * g).abs().sum()}))  # type: ignore[union-attr]
-        return seen | {"D": D}
-
-    return view
+        if "D" in p:
+            return layer.frozen(x) + layer.dropout(x) @ p["D"].to(x.dtype).mT
+        return layer.frozen(x) + layer.low_rank(x, *self.factors(p))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -147,10 +128,9 @@ class Growth(Allocation, name="increlora"):
     penalized = True
 
     def __post_init__(self) -> None:
-        if min(self.initial, self.add) < 1 or self.top < 0:
-            raise Incompatible("allocation increlora: initial and add are 1 or more, top 0 or more")
-        if min(self.target_rank, self.warmup, self.until, self.every, self.restart) < 0:
-            raise Incompatible("allocation increlora: target_rank and times are not negative")
+        times = (self.warmup, self.until, self.every, self.restart)
+        if min(self.initial, self.add) < 1 or min(self.top, self.target_rank, *times) < 0:
+            raise Incompatible("allocation increlora: initial and add below 1, or others negative")
 
     def fits(self, choice: "Choice") -> None:
         if not isinstance(choice.form, Increments):
@@ -159,27 +139,21 @@ class Growth(Allocation, name="increlora"):
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         times = (self.warmup, self.until, self.every, self.restart)
         warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
-        used = {name: self._used(layer) for name, layer in layers.items()}
+        used = {name: in_use(layer) or min(self.initial, layer.rank)
+                for name, layer in layers.items()}  # fmt: skip
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
         if target > room:
             raise Incompatible(f"allocation increlora: target_rank={self.target_rank} asks for "
                                f"{target} triplets, the rank has room for {room}")  # fmt: skip
-        every = max(1, every)
-        rounds = max(1, (until - warmup) // every)
+        rounds = max(1, (until - warmup) // max(1, every))
         top = self.top or max(1, math.ceil((target - start) / (self.add * rounds)))
         zeros = next(iter(layers.values())).params["share"].detach().new_zeros(len(layers))
-        state = {"target": max(target, start), "top": top, "warmup": warmup, "every": every,
+        state = {"target": max(target, start), "top": top, "warmup": warmup, "every": max(1, every),
                  "restart": restart, "mean": zeros, "uncertainty": zeros.clone(), "score": {},
-                 "used": used}  # fmt: skip
-        _rewarm.begin(state)
+                 "used": used, "since": {}, "before": {}}  # fmt: skip
         self._count(layers, state)
         return state
-
-    def _used(self, layer: Adapted) -> int:
-        """The triplets to begin with; a trained adapter goes on with those it has."""
-        trained = triplets(layer.params)[1].any()  # type: ignore[arg-type]
-        return _in_use(layer) if trained else min(self.initial, layer.rank)
 
     def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
         grows = state["budget"] < state["target"]
@@ -220,11 +194,11 @@ class Growth(Allocation, name="increlora"):
     ) -> list[str]:
         """Gives the best matrices their reserve, and a new one; the names of what is new."""
         used, new = state["used"], []
-        best = sorted(zip((-score for score in scores), layers, strict=True))
-        best = [name for _, name in best if used[name] < layers[name].rank]
+        order = sorted(zip((-score for score in scores), layers, strict=True))
+        best = [name for _, name in order if used[name] < layers[name].rank]
         for name in best[: state["top"]]:
-            missing, before = state["target"] - sum(used.values()), used[name]
-            rank = layers[name].rank
+            before, rank = used[name], layers[name].rank
+            missing = state["target"] - sum(used.values())
             used[name] = after = min(before + min(self.add, missing), rank)
             new += [_rewarm.key_of(name, f"E{j}") for j in range(before, after)]
             reserve = range(before + self.add, min(after + self.add, rank))
@@ -236,7 +210,7 @@ class Growth(Allocation, name="increlora"):
     def _count(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
         """Brings the layers in line with the numbers in use."""
         state["budget"] = sum(state["used"].values())
-        resting = RESERVE if state["budget"] < state["target"] else 0.0
+        resting = 1e-5 if state["budget"] < state["target"] else 0.0
         for name, layer in layers.items():
             used = state["used"][name]
             layer.params["share"].fill_(used / layer.rank)
@@ -245,11 +219,7 @@ class Growth(Allocation, name="increlora"):
         self.resumed(layers, state)
 
     def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
-        return {name: _in_use(layer) for name, layer in layers.items()}
-
-
-def _in_use(layer: Adapted) -> int:
-    return round(layer.params["share"].item() * layer.rank)
+        return {name: in_use(layer) for name, layer in layers.items()}
 
 
 preset(

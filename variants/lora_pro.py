@@ -24,8 +24,10 @@ The gradient of W does not depend on X, and is the full one's projection on what
 >>> P, Q = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
 >>> torch.allclose(s * (B @ gA + gB @ A), P @ G + (G - P @ G) @ Q)
 True
->>> torch.allclose(B.T @ gB, -gA @ A.T)       # X: neither factor's share of the overlap is larger
-False
+>>> inverse = torch.inverse(B.T @ B)                    # what of g_B' lies in B's columns is -B X
+>>> X = -inverse @ B.T @ gB
+>>> torch.allclose(B.T @ B @ X + X @ A @ A.T, -inverse @ (s * B.T @ G) @ A.T / s**2)
+True
 """
 
 from collections.abc import Mapping, Sequence

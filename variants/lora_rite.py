@@ -15,9 +15,18 @@ out a u whose root mean square exceeds 1, which the paper does not: V then falls
 the first u that is let in again makes too long a step (a setting here, `skip`). Its eigenvalues
 below zero turn a whole update into zeros (a NaN replaced); here they count as zero.
 
+At first V is the gradient's own, so that u V^(-1/2) has orthogonal columns of its rows' length:
+
+>>> import torch
+>>> u, V, U = torch.randn(1, 9, 2).double(), torch.zeros(1, 2, 2).double(), torch.eye(4, 2)[None]
+>>> zero, U = V[:, :1, :1], U.double()
+>>> V, M, rho = moved(u, V, 0 * u, zero, U, U, zero, zero, zero, escape=True)
+>>> torch.allclose(M[0].T @ M[0], 9 * torch.eye(2).double()), [decay(0.9, t) for t in (1, 2)]
+(True, [0.0, 0.4736842105263158])
+
 Another basis of the same product moves it alike, momentum included:
 
->>> import torch, variants
+>>> import variants
 >>> def end(R):
 ...     model = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False)).double()
 ...     torch.nn.init.ones_(model[0].weight)

@@ -11,9 +11,18 @@ xi. Its scripts add mean |g| to the loss as well, with weight 10, which the pape
 sparsifying scheduler (the paper's Algorithm 1: further runs, each with a larger xi) is a sweep over
 `threshold` here. Inits that give A and B find g = 1.
 
-The threshold is soft: what it leaves is smaller by xi, and nothing between xi and 2 xi is lost:
+Gates are drawn, so some are near zero from the start, and each multiplies its direction:
 
 >>> import torch
+>>> p = SoRA().start(torch.zeros(9, 9), 900, 1.0, torch.Generator().manual_seed(0))
+>>> round(p["g"].mean().item(), 1), round(p["g"].std().item(), 1)
+(0.0, 1.0)
+>>> p = {"A": torch.eye(2, 3), "B": torch.eye(3, 2), "g": torch.tensor([2.0, -3.0])}
+>>> SoRA().weight(torch.zeros(3, 3), p, s=10.0).diag().tolist()
+[20.0, -30.0, 0.0]
+
+The threshold is soft: what it leaves is smaller by xi, and nothing between xi and 2 xi is lost:
+
 >>> soft(torch.tensor([-3.0, -1.5, -1.0, 0.2, 1.2, 2.0]), 1.0).tolist()
 [-2.0, -0.5, -0.0, 0.0, 0.20000004768371582, 1.0]
 """

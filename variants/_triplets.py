@@ -1,0 +1,52 @@
+"""Triplets P_j [m, 1], E_j [1], Q_j [1, n] as tensors of their own, and what training sees of them.
+
+A part of them is in use, `share` of their number; those after them are learned in advance.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._api import Tensors
+from ._layer import Adapted
+
+
+def triplets(p: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """P [m, k], E [k] and Q [k, n] of the triplets that p holds."""
+    P, E, Q = ([p[f"{k}{j}"] for j in range(sum(k[0] == "E" for k in p))] for k in "PEQ")
+    return torch.cat(P, 1), torch.cat(E), torch.cat(Q)
+
+
+def change(p: Tensors, s: float) -> Tensor:
+    """W - W0."""
+    P, E, Q = triplets(p)
+    return (s / p["share"]) * (P * E) @ Q
+
+
+def shown(
+    name: str, layer: Adapted, used: int, count: int, scores: dict[str, Tensor] | None
+) -> Callable[[Tensors], Tensors]:
+    """What training sees of p: triplets in use and, up to `count`, in reserve. With `scores` the
+    dense change D as well, whose gradient goes into the layer's score."""
+
+    def view(p: Tensors) -> Tensors:
+        seen = {k: t for k, t in p.items() if k == "share" or int(k[1:]) < count}
+        seen |= {f"E{j}": seen[f"E{j}"].detach() for j in range(used, count)}
+        if scores is None:
+            return seen
+        D = change(seen, layer.full_s)
+        if D.requires_grad:
+            size = D.detach() / math.sqrt(D.numel())
+            D.register_hook(lambda g: scores.update({name: (size * g).abs().sum()}))  # type: ignore[union-attr]
+        return seen | {"D": D}
+
+    return view
+
+
+def in_use(layer: Adapted) -> int:
+    """The triplets in use; 0 where all are as they were made."""
+    if not triplets(layer.params)[1].any():  # type: ignore[arg-type]
+        return 0
+    return round(layer.params["share"].item() * layer.rank)
