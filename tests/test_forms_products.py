@@ -378,7 +378,11 @@ REFUSED = [
     ("miss", {"rank": 25}, "rank=25: proj has 24 inputs"),
     ("hira", {"rank": 21}, "rank=21"),
     ("hira", {"rank": 4, "init": "pissa"}, "pissa needs a low-rank form, not hira"),
-    ("hira", {"rank": 4, "scale": "standard"}, "scale standard needs a form with a scale in its equation"),
+    (
+        "hira",
+        {"rank": 4, "scale": "standard"},
+        "scale standard needs a form with a scale in its equation",
+    ),
     ("loha", {"form": {"name": "loha", "rule": "theirs"}}, "choices: authors, peft"),
     ("lokr", {"form": {"name": "lokr", "factor": 0}}, "factor=0"),
     ("c3a", {"form": {"name": "c3a", "kernel": "ones"}}, "choices: xavier, kaiming"),

@@ -89,19 +89,14 @@ def test_every_variant_on_every_architecture(build: Any, preset: str, tmp_path: 
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         before = model(**inputs).logits
-<<<<<<< HEAD
     rank = 4 if variants.describe(preset)["rank"] else None
+    labels = ids if before.ndim == 3 else torch.tensor([0, 1])
+    batches = [inputs | {"labels": labels}] if needs(choose(preset)) else None
     try:
-        adapter = variants.attach(model, preset, rank=rank)
+        adapter = variants.attach(model, preset, rank=rank, calibration=batches)
     except variants.Incompatible as refusal:  # such as biases to train, and none in the model
         assert f"form {preset}: no layer of targets=" in str(refusal)
         return
-=======
-    rank = None if preset == "full" else 4
-    labels = ids if before.ndim == 3 else torch.tensor([0, 1])
-    batches = [inputs | {"labels": labels}] if needs(choose(preset)) else None
-    adapter = variants.attach(model, preset, rank=rank, calibration=batches)
->>>>>>> h3
     optimizer = adapter.optimizer(1e-2, steps=4)
     for _ in range(4):
         penalty = adapter.penalty()

@@ -67,22 +67,16 @@ def test_the_count_is_what_attach_trains(stories: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(stories)
     ids = torch.arange(1, 65).view(2, 32)
     for preset in variants.names():
-<<<<<<< HEAD
         rank = 8 if variants.describe(preset)["rank"] else None
+        # ranks that calibration gives are not known from shapes: those asked for are counted
+        axes = {"allocation": "uniform"} if choose(preset).allocation.needs else {}
+        batches = [{"input_ids": ids, "labels": ids}] if needs(choose(preset)) else None
         try:
-            counted = count(meta_model(str(stories)), preset, rank)["trainable"]
+            counted = count(meta_model(str(stories)), preset, rank, **axes)["trainable"]
         except variants.Incompatible as refusal:  # such as biases to train, and none in the model
             assert f"form {preset}: no layer of targets=" in str(refusal)
             continue
-        adapter = variants.attach(model, preset, rank=rank)
-=======
-        rank = None if preset == "full" else 8
-        # ranks that calibration gives are not known from shapes: those asked for are counted
-        axes = {"allocation": "uniform"} if choose(preset).allocation.needs else {}
-        counted = count(meta_model(str(stories)), preset, rank, **axes)["trainable"]
-        batches = [{"input_ids": ids, "labels": ids}] if needs(choose(preset)) else None
         adapter = variants.attach(model, preset, rank=rank, calibration=batches, **axes)
->>>>>>> h3
         assert adapter.num_trainable == counted
         adapter.detach()
 
