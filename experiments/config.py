@@ -121,8 +121,8 @@ class Settings:
     rank: int | None = None
     alpha: Any = None
     targets: Any = None  # null: the preset's own, all-linear for most
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # {role or layer: rank}
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: Any = None  # {role or layer: rank}
+    alpha_pattern: Any = None  # {role or layer: alpha}
     dropout: float = 0.0
     seed: int = 0
     optim: Optim = field(default_factory=Optim)
@@ -214,6 +214,10 @@ def settings_of(cfg: DictConfig) -> Settings:
     settings.variant = OmegaConf.to_container(cfg.variant, resolve=True)
     if settings.targets is not None and not isinstance(settings.targets, str):
         settings.targets = [str(t) for t in settings.targets]
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(settings, key)
+        if pattern is not None and not isinstance(pattern, dict):
+            raise BadInput(f"{key}={pattern}: a mapping, such as {{mlp:16,q:4}}")
     for key, choices in CHOICES.items():
         group, name = key.split(".")
         value = getattr(getattr(settings, group), name)
