@@ -254,7 +254,10 @@ def _by_site(
     found = {}
     own = {site.name for site in sites}
     for word, value in (pattern or {}).items():
-        hit = {s.name for s in resolve(model, [word])} & own
+        try:
+            hit = {s.name for s in resolve(model, [word])} & own
+        except Incompatible as error:
+            raise Incompatible(str(error).replace("targets=", f"{what}=", 1)) from None
         if not hit:
             raise Incompatible(f"{what}={word}: matches no layer that targets name")
         found |= dict.fromkeys(hit, value)
