@@ -192,6 +192,7 @@ class Init(Measuring):
     axis = "init"
     moves_base: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True  # the model's outputs are the base's before step 1
+    full_rank: ClassVar[bool] = True  # A and B have r independent directions
     frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this start leaves untrained
 
     def start(

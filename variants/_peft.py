@@ -106,8 +106,17 @@ def _factors(layer: Adapted) -> tuple[Tensor, Tensor, float]:
     A, B = (p["Q"], p["P"] * p["E"]) if "E" in p else (p["A"], p["B"])
     if layer.subtracted is not None:
         A0, B0 = layer.subtracted
-        A, B = torch.cat([A, A0]), torch.cat([B, -B0 / layer.full_s], dim=1)
+        A, B = _balanced(torch.cat([A, A0]), torch.cat([B, -B0 / layer.full_s], dim=1))
     return A.detach(), B.detach(), layer.full_s
+
+
+def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same rank and product, as small as they can be: what was trained is the
+    small difference of two large parts, which fp32 products would each round."""
+    left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.mT)
+    root = S.sqrt()
+    return (root[:, None] * Vh @ right.Q.mT).to(A), (left.Q @ U * root).to(B)
 
 
 def _lora(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:

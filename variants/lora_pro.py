@@ -111,6 +111,8 @@ class LoRAPro(Update, name="lora_pro"):
 
     def fits(self, choice: "Choice") -> None:
         need_factors(self, choice)
+        if not choice.init.full_rank:  # B^T B and A A^T are then singular, and so is X's equation
+            raise self.refuse(choice.init, "an init whose A and B have r independent directions")
 
     def optimizer(
         self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any

@@ -34,6 +34,8 @@ class Orthogonal(Init, name="orthogonal"):
     deviation: float = 0.1
     """standard deviation of the random coordinates"""
 
+    full_rank = False
+
     def start(
         self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
     ) -> Start:
