@@ -2,11 +2,17 @@
 a second time."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 from hydra import compose, initialize_config_dir
+from torch import nn
 
+import variants
 from experiments import config, sweep
+from variants._contract import Toy
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["first", "second"]
@@ -24,3 +30,48 @@ def settings(*words: str) -> config.Settings:
 def test_a_pattern_can_be_typed(word: str) -> None:
     assert settings(sweep._named(word)).rank_pattern == {"q": 2, "l.0.up": 6}
     assert settings(sweep._named("alpha_pattern.q=3")).alpha_pattern == {"q": 3.0}
+
+
+def mixture() -> Any:
+    """A tiny Mixtral, whose experts' matrices are stacks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=2,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def test_training_sees_a_part_of_an_expert_s_factors_where_an_allocation_says_so() -> None:
+    """DyLoRA's first directions, IncreLoRA's scores."""
+    model = mixture()
+    adapter = variants.attach(model, "dylora", rank=4, targets="experts")
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.params["B"])  # type: ignore[arg-type]
+    model.train()
+    adapter.choice.allocation.show(adapter.layers, 2)  # type: ignore[attr-defined]
+    model(input_ids=IDS).logits.sum().backward()
+    rows = [layer.params["A"].grad.any(1).tolist() for layer in adapter.layers.values()]
+    assert rows == [[True, True, False, False]] * len(rows)
+
+    model = mixture()
+    adapter = variants.attach(model, "increlora", rank=4, targets="experts")
+    optimizer = adapter.optimizer(1e-2, steps=20)
+    model.train()
+    for _ in range(2):
+        (model(input_ids=IDS).logits.square().mean() + adapter.penalty()).backward()
+        optimizer.step()
+    assert adapter.allocation_state is not None
+    assert (adapter.allocation_state["mean"] > 0).all()

@@ -312,7 +312,7 @@ def effective(part: Any) -> Tensor:
     if not part.enabled:
         return part.original
     with torch.autocast(W0.device.type, enabled=False):
-        return part.weight.to(W0.dtype)
+        return part.form.weight(W0, part.p, part.s).to(W0.dtype)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
