@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from . import _svd
 from ._api import Measuring, wide
-from ._kinds import kind_of, matrix_of
+from ._kinds import ExpertKind, kind_of, matrix_of
 from ._registry import Incompatible
+from ._targets import all_layers
 
 if TYPE_CHECKING:
     from ._adapter import Choice, Planned
@@ -62,8 +63,13 @@ def calibrate(
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
+    layers = all_layers(model)
     for item in planned:
-        kind = kind_of(model.get_submodule(item.site.path))
+        kind = kind_of(layers[item.site.path])
+        if kind is ExpertKind:
+            asking = next(part for part in parts if part.needs)
+            raise Incompatible(f"{asking} needs the {wanted[0]} of each layer, and that of one "
+                               f"expert of a stack ({item.site.name}) is not measured")  # fmt: skip
         if not kind.drops and any(k in INPUTS for k in wanted):
             raise Incompatible(f"calibration: the input of {item.site.name} is no vector of "
                                f"numbers, so it has no {wanted[0]}")  # fmt: skip
