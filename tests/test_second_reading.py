@@ -88,3 +88,23 @@ def test_experts_cannot_be_measured_and_that_is_said(preset: str) -> None:
             targets="experts",
             calibration=[{"input_ids": IDS, "labels": IDS}],
         )
+
+
+def calibration(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Batches for the contract's toy."""
+    g = torch.Generator().manual_seed(5)
+    return [
+        {"x": torch.randn(48, 24, generator=g), "labels": torch.randn(48, 5, generator=g)}
+        for _ in range(count)
+    ]
+
+
+def test_a_layer_s_own_alpha_outlives_the_rank_that_gora_gives_it() -> None:
+    adapter = variants.attach(
+        Toy(), "gora", rank=4, targets=TARGETS, calibration=calibration(),
+        alpha_pattern={"first": 64.0, "second": 32.0},
+    )  # fmt: skip
+    own = {"first": 64.0, "second": 32.0}
+    assert {layer.rank for layer in adapter.layers.values()} != {4}
+    for name, layer in adapter.layers.items():
+        assert layer.full_s == pytest.approx(own[name] / layer.rank**0.5)

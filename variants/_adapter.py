@@ -162,6 +162,7 @@ class Planned:
     tensors: dict[str, tuple[int, ...]]  # the form's, without those that layers share
     key: str = ""  # of the shared tensors
     untrained: tuple[str, ...] = ()
+    alpha: float | None = None  # its own, by a pattern
 
     @property
     def trained(self) -> int:
@@ -171,13 +172,18 @@ class Planned:
 
 
 def planned_item(
-    choice: Choice, site: Site, shape: tuple[int, int], rank: int, s: float
+    choice: Choice,
+    site: Site,
+    shape: tuple[int, int],
+    rank: int,
+    s: float,
+    alpha: float | None = None,
 ) -> Planned:
     """The plan of one matrix."""
     m, n = shape
     form = choice.form
     key = form.key(m, n, rank) if form.shared else ""
-    return Planned(site, shape, rank, s, form.shapes(m, n, rank), key, choice.untrained)
+    return Planned(site, shape, rank, s, form.shapes(m, n, rank), key, choice.untrained, alpha)
 
 
 def plan(
@@ -216,8 +222,9 @@ def plan(
         rank = choice.form.rank_of(m, n, asked, site.name)
         largest = max(largest, min(m, n))
         alpha = alphas.get(site.name)
-        s = choice.s(rank, None if alpha is None else _alpha(alpha, rank, choice.preset))
-        planned.append(planned_item(choice, site, (m, n), rank, s))
+        alpha = None if alpha is None else _alpha(alpha, rank, choice.preset)
+        item = planned_item(choice, site, (m, n), rank, choice.s(rank, alpha), alpha)
+        planned.append(item)
     if choice.rank is not None and choice.form.rank_is_bounded and choice.rank > largest:
         raise Incompatible(
             f"rank={choice.rank}: no target has a rank above {largest}; choose {largest} or less"
@@ -636,8 +643,8 @@ def _reranked(
         if r == item.rank:
             found.append(item)
         elif r > 0:
-            s = item.s if choice.allocation.keeps_scale else choice.s(r)
-            found.append(planned_item(choice, item.site, item.shape, r, s))
+            s = item.s if choice.allocation.keeps_scale else choice.s(r, item.alpha)
+            found.append(planned_item(choice, item.site, item.shape, r, s, item.alpha))
     return found
 
 
