@@ -108,3 +108,8 @@ def test_a_layer_s_own_alpha_outlives_the_rank_that_gora_gives_it() -> None:
     assert {layer.rank for layer in adapter.layers.values()} != {4}
     for name, layer in adapter.layers.items():
         assert layer.full_s == pytest.approx(own[name] / layer.rank**0.5)
+
+
+def test_relora_refuses_a_frozen_b_that_it_would_leave_at_zero() -> None:
+    with pytest.raises(variants.Incompatible, match="allocation relora needs .*, not mica"):
+        variants.attach(Toy(), "relora", rank=4, targets=TARGETS, init="mica")
