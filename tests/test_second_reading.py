@@ -113,3 +113,10 @@ def test_a_layer_s_own_alpha_outlives_the_rank_that_gora_gives_it() -> None:
 def test_relora_refuses_a_frozen_b_that_it_would_leave_at_zero() -> None:
     with pytest.raises(variants.Incompatible, match="allocation relora needs .*, not mica"):
         variants.attach(Toy(), "relora", rank=4, targets=TARGETS, init="mica")
+
+
+def test_increlora_refuses_a_target_below_its_beginning() -> None:
+    rule = {"name": "increlora", "initial": 3, "target_rank": 2.0}
+    adapter = variants.attach(Toy(), "increlora", rank=4, targets=TARGETS, allocation=rule)
+    with pytest.raises(variants.Incompatible, match=r"target_rank=2\.0 .* begin with 6"):
+        adapter.optimizer(1e-2, steps=20)
