@@ -120,3 +120,20 @@ def test_increlora_refuses_a_target_below_its_beginning() -> None:
     adapter = variants.attach(Toy(), "increlora", rank=4, targets=TARGETS, allocation=rule)
     with pytest.raises(variants.Incompatible, match=r"target_rank=2\.0 .* begin with 6"):
         adapter.optimizer(1e-2, steps=20)
+
+
+def test_increlora_s_scores_are_those_of_the_whole_batch() -> None:
+    """In portions, the gradient is their sum: sum |D * sum of dL/dD|."""
+    x, means = torch.randn(32, 24, generator=torch.Generator().manual_seed(3)), []
+    for parts in (1, 4):
+        adapter = variants.attach(Toy().double(), "increlora", rank=4, targets=TARGETS)
+        optimizer = adapter.optimizer(1e-2, steps=200)
+        for _ in range(2):
+            for part in x.double().chunk(parts):
+                (adapter.model(part).square().mean() / parts).backward()
+            adapter.penalty().backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        means.append(adapter.allocation_state["mean"])  # type: ignore[index]
+    assert (means[0] > 0).all()
+    torch.testing.assert_close(means[1], means[0], rtol=1e-6, atol=0.0)

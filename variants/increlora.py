@@ -182,7 +182,8 @@ class Growth(Allocation, name="increlora"):
         new = []
         if state["budget"] < state["target"]:
             mean, uncertainty, found = state["mean"], state["uncertainty"], state["score"]
-            score = torch.stack([found.get(name, mean.new_zeros(())).to(mean) for name in layers])
+            score = torch.stack([found.get(name, mean.new_zeros(1)).abs().sum().to(mean)
+                                 for name in layers])  # fmt: skip
             found.clear()
             mean.lerp_(score, 1 - self.beta1)
             uncertainty.lerp_((score - mean).abs(), 1 - self.beta2)
