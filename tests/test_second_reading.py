@@ -1,6 +1,7 @@
 """Pairs and settings that were accepted and had no effect, or another one, until they were read
 a second time."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from test_run import QUICK, lab, only
 from torch import nn
 
 import variants
@@ -137,3 +139,25 @@ def test_increlora_s_scores_are_those_of_the_whole_batch() -> None:
         means.append(adapter.allocation_state["mean"])  # type: ignore[index]
     assert (means[0] > 0).all()
     torch.testing.assert_close(means[1], means[0], rtol=1e-6, atol=0.0)
+
+
+def test_what_is_kept_for_backward_is_that_of_a_training_step(tmp_path: Path) -> None:
+    """It was measured in eval mode, in which transformers checkpoints no activations."""
+    kept = []
+    for word in ("false", "true"):
+        out = tmp_path / word
+        lab("variant=lora", "rank=2", *QUICK, f"train.activation_checkpointing={word}", out=out)
+        result = json.loads((only(out) / "result.json").read_text())
+        kept.append(result["memory"]["saved_activation_bytes"])
+    assert kept[1] < 0.3 * kept[0]
+
+
+@pytest.mark.parametrize("regression", ["false", "true"])
+def test_a_classifier_can_be_measured(regression: str, tmp_path: Path) -> None:
+    rows = [f"{'ab'[i % 2] * (i % 7 + 2)}\t{i % 2}" for i in range(80)]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    words = [w for w in QUICK if not w.startswith("task")]
+    lab("variant=gora", "rank=2", "task=classify", f"task.path={tmp_path}", *words,
+        f"task.regression={regression}", out=tmp_path / "runs")  # fmt: skip
+    result = json.loads((only(tmp_path / "runs") / "result.json").read_text())
+    assert result["status"] == "done" and len(set(result["ranks"].values())) > 1
