@@ -161,3 +161,20 @@ def test_a_classifier_can_be_measured(regression: str, tmp_path: Path) -> None:
         f"task.regression={regression}", out=tmp_path / "runs")  # fmt: skip
     result = json.loads((only(tmp_path / "runs") / "result.json").read_text())
     assert result["status"] == "done" and len(set(result["ranks"].values())) > 1
+
+
+def test_delta_lora_moves_the_base_in_a_short_run_or_refuses_it() -> None:
+    adapter = variants.attach(Toy(), "delta_lora", rank=4, targets=TARGETS)
+    optimizer = adapter.optimizer(1e-2, steps=20)
+    x, moved = torch.randn(32, 24), []
+    for _ in range(5):
+        adapter.model(x).square().mean().backward()
+        optimizer.step()
+        moved.append(adapter.layers["first"].kept is not None)
+    assert moved == [False, False, False, True, True]  # K = 2, and t from 0
+    with pytest.raises(variants.Incompatible, match="steps="):
+        adapter.optimizer(1e-2)
+    late = {"name": "delta_lora", "start": 100.0}
+    adapter = variants.attach(Toy(), "delta_lora", rank=4, targets=TARGETS, update=late)
+    with pytest.raises(variants.Incompatible, match="start=100 leaves the base at rest in .* 20"):
+        adapter.optimizer(1e-2, steps=20)

@@ -324,6 +324,8 @@ class Adapter:
         the run needs `steps`; without, it keeps its first budget and says so.
         """
         others = [p for m in self.saved_modules.values() for p in m.copy.parameters()]
+        if self.choice.update.scheduled:
+            settings["steps"] = steps
         optimizer = self.choice.update.optimizer(
             self.layers, others, lr, weight_decay=weight_decay, **settings
         )

@@ -276,6 +276,7 @@ class Update(Part):
     """Which tensors learn, how fast, with which gradient?"""
 
     axis = "update"
+    scheduled: ClassVar[bool] = False  # `optimizer` is told the run's `steps` (None: unknown)
     frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this rule leaves untrained
     moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
 
