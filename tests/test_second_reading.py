@@ -178,3 +178,15 @@ def test_delta_lora_moves_the_base_in_a_short_run_or_refuses_it() -> None:
     adapter = variants.attach(Toy(), "delta_lora", rank=4, targets=TARGETS, update=late)
     with pytest.raises(variants.Incompatible, match="start=100 leaves the base at rest in .* 20"):
         adapter.optimizer(1e-2, steps=20)
+
+
+def test_another_base_in_a_state_dict_renews_dora_s_norms() -> None:
+    one, other = Toy(), Toy()
+    for p in other.parameters():
+        p.data *= 2
+    for model in (one, other):
+        variants.attach(model, "dora", rank=4, targets=TARGETS)
+    x = torch.randn(4, 24)
+    one(x)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), other(x))

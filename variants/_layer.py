@@ -149,6 +149,10 @@ class Adapted(nn.Module):
         A0, B0 = self.subtracted
         return (self.W0 + B0 @ A0).to(self.W0.dtype)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._row_squares = None  # of another W0
+
     @property
     def row_squares(self) -> Tensor:
         """||W0||^2 of each row [m], in fp32 or wider, computed once: W0 does not change."""
