@@ -190,3 +190,17 @@ def test_another_base_in_a_state_dict_renews_dora_s_norms() -> None:
     one(x)
     one.load_state_dict(other.state_dict())
     assert torch.equal(one(x), other(x))
+
+
+def test_each_part_sees_the_batches_that_it_asks_for() -> None:
+    """The init's 1 batch beside the allocation's 3: what the init finds in 1 alone."""
+
+    def started(allocation: Any) -> torch.Tensor:
+        adapter = variants.attach(
+            Toy(), "lora", rank=4, targets=TARGETS, calibration=calibration(3),
+            init={"name": "eva", "batches": 1}, allocation=allocation,
+        )  # fmt: skip
+        return adapter.layers["first"].params["A"].detach()[:2]  # type: ignore[return-value]
+
+    both = started({"name": "gora", "batches": 3})
+    assert torch.equal(both, started("uniform"))

@@ -1,9 +1,10 @@
 """Statistics of calibration batches, for parts that look at the model before training.
 
-One pass serves every part that asks. Raw activations are never kept: what a batch adds is summed
-at once, and what a layer's statistics are reduced to (`reduce`) takes their place before the next
-group of layers is measured. A group is as many layers as fit into `HELD` bytes; what came of it
-lies in a cache, under the content of the model, of the batches and of the code that reduced it.
+One pass serves every part that asks for as many batches. Raw activations are never kept: what a
+batch adds is summed at once, and what a layer's statistics are reduced to (`reduce`) takes their
+place before the next group of layers is measured. A group is as many layers as fit into `HELD`
+bytes; what came of it lies in a cache, under the content of the model, of the batches and of the
+code that reduced it.
 
 The model is measured in eval mode: no dropout, so that equal batches give equal statistics.
 """
@@ -45,7 +46,7 @@ def calibrate(
 ) -> tuple[Found, Found]:
     """(what the init, what the allocation kept) of each planned matrix.
 
-    No more batches are drawn than the part that takes most asks for; fewer are taken as they are.
+    Each part sees as many batches as it asks for; where there are fewer, those that there are.
 
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
@@ -56,10 +57,10 @@ def calibrate(
     if unknown:
         raise Incompatible(f"needs={unknown[0]}: no such statistic; choices: {STATISTICS}")
     batches = []
-    count = max(getattr(part, "batches", BATCHES) for part in parts if part.needs)
+    counts = [getattr(part, "batches", BATCHES) if part.needs else 0 for part in parts]
     for batch in calibration:
         batches.append(batch)
-        if len(batches) >= count:
+        if len(batches) >= max(counts):
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
@@ -79,11 +80,16 @@ def calibrate(
     if kept is None:
         kept = ({}, {})
         most = {item.site.name: r for item, r in zip(planned, ranks, strict=True)}
+        passes: dict[int, list[tuple[Measuring, Found]]] = {}
+        for part, count, into in zip(parts, counts, kept, strict=True):
+            if part.needs:
+                passes.setdefault(min(count, len(batches)), []).append((part, into))
         for group in _groups(planned, wanted):
-            for item, found in _measure(model, group, batches, wanted):
-                W0, name = _matrix(model, item), item.site.name
-                for part, into in zip(parts, kept, strict=True):
-                    if part.needs:
+            for count, takers in passes.items():
+                asked = tuple(dict.fromkeys(k for part, _ in takers for k in part.needs))
+                for item, found in _measure(model, group, batches[:count], asked):
+                    W0, name = _matrix(model, item), item.site.name
+                    for part, into in takers:
                         r = most[name] if part is choice.init else item.rank
                         own = {k: found[k] for k in part.needs}
                         reduced = part.reduce(W0, own, r).items()
