@@ -204,3 +204,8 @@ def test_each_part_sees_the_batches_that_it_asks_for() -> None:
 
     both = started({"name": "gora", "batches": 3})
     assert torch.equal(both, started("uniform"))
+
+
+def test_dropout_is_refused_where_no_matrix_changes() -> None:
+    with pytest.raises(variants.Incompatible, match=r"dropout=0\.1: form bitfit"):
+        variants.attach(Toy(), "bitfit", targets=["first"], dropout=0.1)

@@ -66,6 +66,7 @@ class Form(Part):
     low_rank: ClassVar[bool] = False  # has factors: an init may give A and B
     scaled: ClassVar[bool] = True  # s enters its equation
     replaces: ClassVar[bool] = False  # what it trains stands in place of W, not beside it
+    drops: ClassVar[bool] = True  # it changes W, so that the change's input can be dropped out
     starts_at_base: ClassVar[bool] = True  # weight(W0, start(W0), s) == W0
     rank_is_bounded: ClassVar[bool] = True  # by the largest matrix
 
