@@ -209,3 +209,22 @@ def test_each_part_sees_the_batches_that_it_asks_for() -> None:
 def test_dropout_is_refused_where_no_matrix_changes() -> None:
     with pytest.raises(variants.Incompatible, match=r"dropout=0\.1: form bitfit"):
         variants.attach(Toy(), "bitfit", targets=["first"], dropout=0.1)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_an_adapter_goes_back_to_a_time_before_its_base_moved(init: str) -> None:
+    adapter = variants.attach(
+        Toy(), "relora", rank=4, targets=TARGETS, init=init,
+        allocation={"name": "relora", "every": 2.0},
+    )  # fmt: skip
+    x = torch.randn(32, 24)
+    y = adapter.model(x).detach()
+    before = {k: t.clone() for k, t in adapter.tensors().items()}
+    optimizer = adapter.optimizer(1e-2, steps=6)
+    for _ in range(6):
+        adapter.model(x).square().mean().backward()
+        optimizer.step()
+    assert "first.moved.W0" in adapter.tensors()
+    adapter.restore(before)
+    assert adapter.tensors().keys() == before.keys()
+    torch.testing.assert_close(adapter.model(x), y, rtol=1e-5, atol=1e-6)

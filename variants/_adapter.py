@@ -410,6 +410,8 @@ class Adapter:
             if f"{name}.moved.W0" in tensors:
                 W0 = layer.W0
                 layer.move_to(tensors[f"{name}.moved.W0"].to(W0))
+            else:
+                layer.move_back()
         for name, own in self.tensors().items():
             if name not in tensors:
                 raise Incompatible(f"the saved adapter has no tensor {name!r}")

@@ -128,6 +128,17 @@ class Adapted(nn.Module):
         self.frozen.stored.set(W)
         self._row_squares = None
 
+    def move_back(self) -> None:
+        """Takes back every `move`."""
+        if self.kept is None:
+            return
+        W = self.kept
+        if self.subtracted is not None:
+            A0, B0 = self.subtracted
+            W = (W - B0 @ A0).to(W.dtype)
+        self.kept, self._row_squares = None, None
+        self.frozen.stored.set(W)
+
     def bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in the dtype of x."""
         return None if self.bias is None else self.bias.to(x.dtype)
