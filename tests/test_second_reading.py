@@ -14,6 +14,8 @@ from torch import nn
 
 import variants
 from experiments import config, sweep
+from variants._adapter import plan
+from variants._calibrate import _measure
 from variants._contract import Toy
 
 ROOT = Path(__file__).parents[1]
@@ -228,3 +230,41 @@ def test_an_adapter_goes_back_to_a_time_before_its_base_moved(init: str) -> None
     adapter.restore(before)
     assert adapter.tensors().keys() == before.keys()
     torch.testing.assert_close(adapter.model(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_an_encoder_s_padding_is_no_decoder_s() -> None:
+    """T5, both of 6 tokens: 8 of the encoder's are real, and of the decoder's all 12, or 10."""
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    mask, ids = torch.ones(2, 6, dtype=torch.long), torch.arange(1, 13).view(2, 6)
+    mask[1, 2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    inner = torch.ones_like(mask)
+    inner[0, 4:] = 0
+    for extra, count in (({}, 12), ({"decoder_attention_mask": inner}, 10)):
+        seen: dict[str, torch.Tensor] = {}
+        for side in ("encoder", "decoder"):
+            path = f"{side}.block.0.layer.0.SelfAttention.q"
+            hook = model.get_submodule(path).register_forward_pre_hook(
+                lambda m, args, side=side: seen.update({side: args[0].detach()})
+            )
+            model(**batch, **extra)
+            hook.remove()
+        paths = ["encoder.block.0.layer.0.SelfAttention.q",
+                 "decoder.block.0.layer.0.SelfAttention.q",
+                 "decoder.block.0.layer.1.EncDecAttention.k"]  # fmt: skip
+        choice = variants.choose("lora", 2, init={"name": "corda", "batches": 1})
+        planned = plan(model, choice, paths)
+        sums = {
+            item.site.path: found["mean"]
+            for item, found in _measure(model, planned, [batch | extra], ("mean",))
+        }
+        torch.testing.assert_close(sums[paths[0]], seen["encoder"][mask.bool()].mean(0))
+        real = inner.bool() if extra else torch.ones(2, 6, dtype=torch.bool)
+        assert real.sum() == count
+        torch.testing.assert_close(sums[paths[1]], seen["decoder"][real].mean(0))
+        memory = model.encoder(input_ids=ids, attention_mask=mask)[0]
+        torch.testing.assert_close(sums[paths[2]], memory[mask.bool()].mean(0))

@@ -163,6 +163,7 @@ def _measure(
     with _watched(model, sums, wanted) as mask:
         for batch in batches:
             mask["of"] = batch.get("attention_mask")
+            mask["decoder"] = batch.get("decoder_attention_mask")
             with torch.set_grad_enabled("gradient" in wanted):
                 out = model(**batch)
             if "gradient" in wanted:
@@ -192,9 +193,22 @@ def _watched(
     modules = {path: model.get_submodule(path) for path in sums}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     training = [(m, m.training) for m in model.modules()]
-    mask: dict[str, Any] = {"of": None}
+    mask: dict[str, Any] = {"of": None, "decoder": None, "memory": None}
     hooks = []
+    encoder = _encoder(model)
+    inside = None if encoder is None else {id(m) for m in encoder.modules()}
+
+    def real(module: nn.Module, x: Tensor) -> Any:
+        """The mask of the tokens in x: the encoder's, whose output the decoder reads as well."""
+        if inside is None or id(module) in inside or x.data_ptr() == mask["memory"]:
+            return mask["of"]
+        return mask["decoder"]
+
     try:
+        if encoder is not None:
+            hooks.append(encoder.register_forward_hook(
+                lambda module, args, out: mask.update(memory=out[0].data_ptr())
+            ))  # fmt: skip
         model.eval()
         model.requires_grad_(False)
         for path, module in modules.items():
@@ -205,7 +219,8 @@ def _watched(
 
                 @torch.no_grad()
                 def add(module: nn.Module, args: Any, path: str = path) -> None:
-                    samples = _samples(module, args[0].detach(), mask["of"])
+                    x = args[0].detach()
+                    samples = _samples(module, x, real(module, x))
                     if samples:
                         sums[path].add_inputs(samples, wanted)
 
@@ -219,6 +234,13 @@ def _watched(
             p.grad = grad
         for module, was in training:
             module.training = was
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    """The encoder of a model that has a decoder beside it: the attention mask is of its tokens."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return model.get_encoder()
 
 
 def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:
