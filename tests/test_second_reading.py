@@ -115,7 +115,7 @@ def test_a_layer_s_own_alpha_outlives_the_rank_that_gora_gives_it() -> None:
 
 
 def test_relora_refuses_a_frozen_b_that_it_would_leave_at_zero() -> None:
-    with pytest.raises(variants.Incompatible, match="allocation relora needs .*, not mica"):
+    with pytest.raises(variants.Incompatible, match=r"allocation relora needs .*, not mica"):
         variants.attach(Toy(), "relora", rank=4, targets=TARGETS, init="mica")
 
 
@@ -178,7 +178,7 @@ def test_delta_lora_moves_the_base_in_a_short_run_or_refuses_it() -> None:
         adapter.optimizer(1e-2)
     late = {"name": "delta_lora", "start": 100.0}
     adapter = variants.attach(Toy(), "delta_lora", rank=4, targets=TARGETS, update=late)
-    with pytest.raises(variants.Incompatible, match="start=100 leaves the base at rest in .* 20"):
+    with pytest.raises(variants.Incompatible, match=r"start=100 leaves the base at rest in .* 20"):
         adapter.optimizer(1e-2, steps=20)
 
 
@@ -249,7 +249,7 @@ def test_an_encoder_s_padding_is_no_decoder_s() -> None:
         for side in ("encoder", "decoder"):
             path = f"{side}.block.0.layer.0.SelfAttention.q"
             hook = model.get_submodule(path).register_forward_pre_hook(
-                lambda m, args, side=side: seen.update({side: args[0].detach()})
+                lambda m, args, side=side, seen=seen: seen.update({side: args[0].detach()})
             )
             model(**batch, **extra)
             hook.remove()

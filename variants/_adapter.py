@@ -573,8 +573,8 @@ def build(
     if not 0 <= dropout < 1:
         raise Incompatible(f"dropout={dropout}: a probability, from 0 to below 1")
     if dropout and not choice.form.drops:
-        raise Incompatible(f"dropout={dropout}: form {choice.form.name} leaves W as it is, so there "
-                           f"is no change to drop inputs of")  # fmt: skip
+        raise Incompatible(f"dropout={dropout}: form {choice.form.name} leaves W as it is, so "
+                           f"there is no change to drop inputs of")  # fmt: skip
     if any(p.is_meta for p in model.parameters()):
         raise Incompatible("the model has no weights (it is on the meta device)")
     copied = [_find_module(model, name) for name in modules_to_save]

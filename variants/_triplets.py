@@ -38,10 +38,10 @@ def shown(
             return seen
         D = change(seen, layer.full_s)
         if D.requires_grad:
-            size = D.detach() / math.sqrt(D.numel())
+            size, kept = D.detach() / math.sqrt(D.numel()), scores
 
             def add(g: Tensor) -> None:  # over the portions of a batch, whose D is one
-                scores[name] = scores[name] + size * g if name in scores else size * g
+                kept[name] = kept[name] + size * g if name in kept else size * g
 
             D.register_hook(add)  # type: ignore[no-untyped-call]
         return seen | {"D": D}

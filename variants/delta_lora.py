@@ -7,8 +7,9 @@ A and B learn by AdamW; the base follows their product, so that W in all moves b
 gradient or a moment of its own. No official code. The paper's Algorithm 1 counts t from 0 and
 leaves the first K + 1 steps to the factors; it takes dropout out of the adapter's branch, which is
 the default here as well. K is the laboratory's choice: below 1 a share of the run, which must be
-longer than it. The original weight is kept, and the moved one is saved with the adapter. A base of coded or rounded
-weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them.
+longer than it. The original weight is kept, and the moved one is saved with the adapter. A base of
+coded or rounded weights cannot take the small steps and is refused; a model that is loaded in bf16
+rounds them.
 
 What the layer gains by a step is 1 + lambda times what its factors gain, up to K just that:
 
@@ -85,8 +86,10 @@ class DeltaLoRA(Update, name="delta_lora"):
         steps, start = settings.pop("steps", None), self.start
         if 0 < start < 1:
             if steps is None:
-                raise Incompatible(f"update delta_lora: start={start} is a share of a run whose "
-                                   f"length is not known: give optimizer(lr, steps=...)")  # fmt: skip
+                raise Incompatible(
+                    f"update delta_lora: start={start} is a share of a run whose length is not "
+                    f"known: give optimizer(lr, steps=...)"
+                )
             start = round(start * steps)
         if steps is not None and start >= steps - 1:
             raise Incompatible(
