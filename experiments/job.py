@@ -371,8 +371,10 @@ class Run:
         for step in itertools.count():
             chosen = batches.order(len(train), size, step, self.settings.seed)
             batch = batches.collate([train[i] for i in chosen], pad_id, self.device)
-            yield {"input_ids": batch["ids"], "attention_mask": batch["mask"],
-                   "labels": batch["labels"]}  # fmt: skip
+            labels = batch["labels"]
+            if self.settings.task.scoring == "classify" and self.settings.task.num_labels > 1:
+                labels = labels.long()  # the model's own loss takes numbers for a regression
+            yield {"input_ids": batch["ids"], "attention_mask": batch["mask"], "labels": labels}
 
     def _tuned(
         self, scored: list[Example], base: Mapping[str, Any], adapter: Adapter

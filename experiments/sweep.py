@@ -173,8 +173,11 @@ def guarded(main: Callable[[], Any]) -> int:
 
 
 def _named(word: str) -> str:
-    """`variant=mine.py` by the name of the variant in that file."""
+    """The word as Hydra wants it: `variant=mine.py` by the name of the variant in that file,
+    `rank_pattern={q: 2}` with the `+` of keys that are new."""
     key, _, value = word.partition("=")
+    if key.partition(".")[0] in ("rank_pattern", "alpha_pattern"):
+        return f"+{word}"
     if re.fullmatch(r"variant(/\w+)?", key) and ".py" in value:
         return f"{key}={','.join(from_file(name) for name in value.split(','))}"
     return word

@@ -204,9 +204,12 @@ class Trainer:
         size: int = self.settings.batch_size  # type: ignore[assignment]
         chosen = batches.order(len(self.examples), size, 0, self.run.settings.seed)
         part = [self.examples[i] for i in chosen[: size // self.settings.accumulate]]
+        state = self.adapter.state()
+        self.model.train()
         with torch.random.fork_rng():
             found = measure(lambda: self._backward(part, count_tokens(part)), self.model)
         self.optimizer.zero_grad()
+        self.adapter.set_state(state)  # which an allocation may have noted the gradient in
         tokens = sum(len(e.ids) for e in part)
         return {"saved_activation_bytes": found["saved_bytes"],
                 "flops_per_token": found["flops"] / tokens}  # fmt: skip

@@ -391,7 +391,7 @@ def test_road_is_peft_s(variant: int) -> None:
     assert error(ours.merge()(x), their(x)) <= 1e-5
 
 
-@pytest.mark.parametrize("preset", ["vera", "dora", "ia3", "bitfit", "road"])
+@pytest.mark.parametrize("preset", ["vera", "dora", "ia3", "road"])
 def test_a_convolution_drops_what_the_adapter_sees_alone(preset: str) -> None:
     """W0 x + (W - W0) dropout(x) and the form's own bias, once; within 1e-6 of torch's conv2d."""
     rank = 4 if variants.describe(preset)["rank"] else None

@@ -523,7 +523,7 @@ def test_a_new_head_goes_by_adamw(update: str) -> None:
     )
     head = adapter.saved_modules["lm_head"].copy
     twin = [p.detach().clone().requires_grad_() for p in head.parameters()]
-    own = adapter.optimizer(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9), foreach=True)
+    own = adapter.optimizer(lr=1e-2, steps=10, weight_decay=0.1, betas=(0.8, 0.9), foreach=True)
     other = torch.optim.AdamW(twin, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
     for _ in range(5):
         F.mse_loss(adapter.model(x), y).backward()

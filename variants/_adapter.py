@@ -162,6 +162,7 @@ class Planned:
     tensors: dict[str, tuple[int, ...]]  # the form's, without those that layers share
     key: str = ""  # of the shared tensors
     untrained: tuple[str, ...] = ()
+    alpha: float | None = None  # its own, by a pattern
 
     @property
     def trained(self) -> int:
@@ -171,13 +172,18 @@ class Planned:
 
 
 def planned_item(
-    choice: Choice, site: Site, shape: tuple[int, int], rank: int, s: float
+    choice: Choice,
+    site: Site,
+    shape: tuple[int, int],
+    rank: int,
+    s: float,
+    alpha: float | None = None,
 ) -> Planned:
     """The plan of one matrix."""
     m, n = shape
     form = choice.form
     key = form.key(m, n, rank) if form.shared else ""
-    return Planned(site, shape, rank, s, form.shapes(m, n, rank), key, choice.untrained)
+    return Planned(site, shape, rank, s, form.shapes(m, n, rank), key, choice.untrained, alpha)
 
 
 def plan(
@@ -216,8 +222,9 @@ def plan(
         rank = choice.form.rank_of(m, n, asked, site.name)
         largest = max(largest, min(m, n))
         alpha = alphas.get(site.name)
-        s = choice.s(rank, None if alpha is None else _alpha(alpha, rank, choice.preset))
-        planned.append(planned_item(choice, site, (m, n), rank, s))
+        alpha = None if alpha is None else _alpha(alpha, rank, choice.preset)
+        item = planned_item(choice, site, (m, n), rank, choice.s(rank, alpha), alpha)
+        planned.append(item)
     if choice.rank is not None and choice.form.rank_is_bounded and choice.rank > largest:
         raise Incompatible(
             f"rank={choice.rank}: no target has a rank above {largest}; choose {largest} or less"
@@ -320,6 +327,8 @@ class Adapter:
         the run needs `steps`; without, it keeps its first budget and says so.
         """
         others = [p for m in self.saved_modules.values() for p in m.copy.parameters()]
+        if self.choice.update.scheduled:
+            settings["steps"] = steps
         optimizer = self.choice.update.optimizer(
             self.layers, others, lr, weight_decay=weight_decay, **settings
         )
@@ -404,6 +413,8 @@ class Adapter:
             if f"{name}.moved.W0" in tensors:
                 W0 = layer.W0
                 layer.move_to(tensors[f"{name}.moved.W0"].to(W0))
+            else:
+                layer.move_back()
         for name, own in self.tensors().items():
             if name not in tensors:
                 raise Incompatible(f"the saved adapter has no tensor {name!r}")
@@ -564,6 +575,9 @@ def build(
     refuse_adapted(model)
     if not 0 <= dropout < 1:
         raise Incompatible(f"dropout={dropout}: a probability, from 0 to below 1")
+    if dropout and not choice.form.drops:
+        raise Incompatible(f"dropout={dropout}: form {choice.form.name} leaves W as it is, so "
+                           f"there is no change to drop inputs of")  # fmt: skip
     if any(p.is_meta for p in model.parameters()):
         raise Incompatible("the model has no weights (it is on the meta device)")
     copied = [_find_module(model, name) for name in modules_to_save]
@@ -639,8 +653,8 @@ def _reranked(
         if r == item.rank:
             found.append(item)
         elif r > 0:
-            s = item.s if choice.allocation.keeps_scale else choice.s(r)
-            found.append(planned_item(choice, item.site, item.shape, r, s))
+            s = item.s if choice.allocation.keeps_scale else choice.s(r, item.alpha)
+            found.append(planned_item(choice, item.site, item.shape, r, s, item.alpha))
     return found
 
 

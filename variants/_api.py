@@ -66,6 +66,7 @@ class Form(Part):
     low_rank: ClassVar[bool] = False  # has factors: an init may give A and B
     scaled: ClassVar[bool] = True  # s enters its equation
     replaces: ClassVar[bool] = False  # what it trains stands in place of W, not beside it
+    drops: ClassVar[bool] = True  # it changes W, so that the change's input can be dropped out
     starts_at_base: ClassVar[bool] = True  # weight(W0, start(W0), s) == W0
     rank_is_bounded: ClassVar[bool] = True  # by the largest matrix
 
@@ -277,6 +278,7 @@ class Update(Part):
     """Which tensors learn, how fast, with which gradient?"""
 
     axis = "update"
+    scheduled: ClassVar[bool] = False  # `optimizer` is told the run's `steps` (None: unknown)
     frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this rule leaves untrained
     moves_base: ClassVar[bool] = False  # writes into the frozen weight (`Adapted.move`)
 

@@ -1,9 +1,10 @@
 """Statistics of calibration batches, for parts that look at the model before training.
 
-One pass serves every part that asks. Raw activations are never kept: what a batch adds is summed
-at once, and what a layer's statistics are reduced to (`reduce`) takes their place before the next
-group of layers is measured. A group is as many layers as fit into `HELD` bytes; what came of it
-lies in a cache, under the content of the model, of the batches and of the code that reduced it.
+One pass serves every part that asks for as many batches. Raw activations are never kept: what a
+batch adds is summed at once, and what a layer's statistics are reduced to (`reduce`) takes their
+place before the next group of layers is measured. A group is as many layers as fit into `HELD`
+bytes; what came of it lies in a cache, under the content of the model, of the batches and of the
+code that reduced it.
 
 The model is measured in eval mode: no dropout, so that equal batches give equal statistics.
 """
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from . import _svd
 from ._api import Measuring, wide
-from ._kinds import kind_of, matrix_of
+from ._kinds import ExpertKind, kind_of, matrix_of
 from ._registry import Incompatible
+from ._targets import all_layers
 
 if TYPE_CHECKING:
     from ._adapter import Choice, Planned
@@ -44,7 +46,7 @@ def calibrate(
 ) -> tuple[Found, Found]:
     """(what the init, what the allocation kept) of each planned matrix.
 
-    No more batches are drawn than the part that takes most asks for; fewer are taken as they are.
+    Each part sees as many batches as it asks for; where there are fewer, those that there are.
 
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
@@ -55,15 +57,20 @@ def calibrate(
     if unknown:
         raise Incompatible(f"needs={unknown[0]}: no such statistic; choices: {STATISTICS}")
     batches = []
-    count = max(getattr(part, "batches", BATCHES) for part in parts if part.needs)
+    counts = [getattr(part, "batches", BATCHES) if part.needs else 0 for part in parts]
     for batch in calibration:
         batches.append(batch)
-        if len(batches) >= count:
+        if len(batches) >= max(counts):
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
+    layers = all_layers(model)
     for item in planned:
-        kind = kind_of(model.get_submodule(item.site.path))
+        kind = kind_of(layers[item.site.path])
+        if kind is ExpertKind:
+            asking = next(part for part in parts if part.needs)
+            raise Incompatible(f"{asking} needs the {wanted[0]} of each layer, and that of one "
+                               f"expert of a stack ({item.site.name}) is not measured")  # fmt: skip
         if not kind.drops and any(k in INPUTS for k in wanted):
             raise Incompatible(f"calibration: the input of {item.site.name} is no vector of "
                                f"numbers, so it has no {wanted[0]}")  # fmt: skip
@@ -73,11 +80,16 @@ def calibrate(
     if kept is None:
         kept = ({}, {})
         most = {item.site.name: r for item, r in zip(planned, ranks, strict=True)}
+        passes: dict[int, list[tuple[Measuring, Found]]] = {}
+        for part, count, into in zip(parts, counts, kept, strict=True):
+            if part.needs:
+                passes.setdefault(min(count, len(batches)), []).append((part, into))
         for group in _groups(planned, wanted):
-            for item, found in _measure(model, group, batches, wanted):
-                W0, name = _matrix(model, item), item.site.name
-                for part, into in zip(parts, kept, strict=True):
-                    if part.needs:
+            for count, takers in passes.items():
+                asked = tuple(dict.fromkeys(k for part, _ in takers for k in part.needs))
+                for item, found in _measure(model, group, batches[:count], asked):
+                    W0, name = _matrix(model, item), item.site.name
+                    for part, into in takers:
                         r = most[name] if part is choice.init else item.rank
                         own = {k: found[k] for k in part.needs}
                         reduced = part.reduce(W0, own, r).items()
@@ -151,6 +163,7 @@ def _measure(
     with _watched(model, sums, wanted) as mask:
         for batch in batches:
             mask["of"] = batch.get("attention_mask")
+            mask["decoder"] = batch.get("decoder_attention_mask")
             with torch.set_grad_enabled("gradient" in wanted):
                 out = model(**batch)
             if "gradient" in wanted:
@@ -180,9 +193,22 @@ def _watched(
     modules = {path: model.get_submodule(path) for path in sums}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     training = [(m, m.training) for m in model.modules()]
-    mask: dict[str, Any] = {"of": None}
+    mask: dict[str, Any] = {"of": None, "decoder": None, "memory": None}
     hooks = []
+    encoder = _encoder(model)
+    inside = None if encoder is None else {id(m) for m in encoder.modules()}
+
+    def real(module: nn.Module, x: Tensor) -> Any:
+        """The mask of the tokens in x: the encoder's, whose output the decoder reads as well."""
+        if inside is None or id(module) in inside or x.data_ptr() == mask["memory"]:
+            return mask["of"]
+        return mask["decoder"]
+
     try:
+        if encoder is not None:
+            hooks.append(encoder.register_forward_hook(
+                lambda module, args, out: mask.update(memory=out[0].data_ptr())
+            ))  # fmt: skip
         model.eval()
         model.requires_grad_(False)
         for path, module in modules.items():
@@ -193,7 +219,8 @@ def _watched(
 
                 @torch.no_grad()
                 def add(module: nn.Module, args: Any, path: str = path) -> None:
-                    samples = _samples(module, args[0].detach(), mask["of"])
+                    x = args[0].detach()
+                    samples = _samples(module, x, real(module, x))
                     if samples:
                         sums[path].add_inputs(samples, wanted)
 
@@ -207,6 +234,13 @@ def _watched(
             p.grad = grad
         for module, was in training:
             module.training = was
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    """The encoder of a model that has a decoder beside it: the attention mask is of its tokens."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    return model.get_encoder()
 
 
 def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:

@@ -151,7 +151,8 @@ def starts_at_base(case: Case) -> None:
 
 def forward_equals_weight(case: Case) -> None:
     """The fast path is the equation, with dropout and without."""
-    for dropout in (0.0,) if case.norms else (0.0, 0.4):
+    drops = find_part("form", case.form).load().drops and not case.norms
+    for dropout in (0.0, 0.4) if drops else (0.0,):
         adapter = _disturb(case.attach(case.toy(torch.float64), dropout=dropout))
         for layer in adapter.layers.values():
             x = torch.randn(2, 3, _width(layer), dtype=torch.float64)

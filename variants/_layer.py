@@ -128,6 +128,17 @@ class Adapted(nn.Module):
         self.frozen.stored.set(W)
         self._row_squares = None
 
+    def move_back(self) -> None:
+        """Takes back every `move`."""
+        if self.kept is None:
+            return
+        W = self.kept
+        if self.subtracted is not None:
+            A0, B0 = self.subtracted
+            W = (W - B0 @ A0).to(W.dtype)
+        self.kept, self._row_squares = None, None
+        self.frozen.stored.set(W)
+
     def bias_like(self, x: Tensor) -> Tensor | None:
         """The bias in the dtype of x."""
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -148,6 +159,10 @@ class Adapted(nn.Module):
             return self.W0
         A0, B0 = self.subtracted
         return (self.W0 + B0 @ A0).to(self.W0.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._row_squares = None  # of another W0
 
     @property
     def row_squares(self) -> Tensor:
@@ -312,7 +327,7 @@ def effective(part: Any) -> Tensor:
     if not part.enabled:
         return part.original
     with torch.autocast(W0.device.type, enabled=False):
-        return part.weight.to(W0.dtype)
+        return part.form.weight(W0, part.p, part.s).to(W0.dtype)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

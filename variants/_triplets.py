@@ -29,7 +29,7 @@ def shown(
     name: str, layer: Adapted, used: int, count: int, scores: dict[str, Tensor] | None
 ) -> Callable[[Tensors], Tensors]:
     """What training sees of p: triplets in use and, up to `count`, in reserve. With `scores` the
-    dense change D as well, whose gradient goes into the layer's score."""
+    dense change D as well; D times its gradient goes into the layer's score."""
 
     def view(p: Tensors) -> Tensors:
         seen = {k: t for k, t in p.items() if k == "share" or int(k[1:]) < count}
@@ -38,8 +38,12 @@ def shown(
             return seen
         D = change(seen, layer.full_s)
         if D.requires_grad:
-            size = D.detach() / math.sqrt(D.numel())
-            D.register_hook(lambda g: scores.update({name: (size * g).abs().sum()}))  # type: ignore[union-attr]
+            size, kept = D.detach() / math.sqrt(D.numel()), scores
+
+            def add(g: Tensor) -> None:  # over the portions of a batch, whose D is one
+                kept[name] = kept[name] + size * g if name in kept else size * g
+
+            D.register_hook(add)  # type: ignore[no-untyped-call]
         return seen | {"D": D}
 
     return view

@@ -38,6 +38,7 @@ class BitFit(Form, name="bitfit"):
     rank_means = None
     parameters = "m"
     scaled = False
+    drops = False
 
     def applies(self, kind: Any, has_bias: bool) -> bool:
         return has_bias

@@ -6,9 +6,10 @@
 A and B learn by AdamW; the base follows their product, so that W in all moves by any rank without a
 gradient or a moment of its own. No official code. The paper's Algorithm 1 counts t from 0 and
 leaves the first K + 1 steps to the factors; it takes dropout out of the adapter's branch, which is
-the default here as well. K is the laboratory's choice, for runs of some hundreds of steps. The
-original weight is kept, and the moved one is saved with the adapter. A base of coded or rounded
-weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them.
+the default here as well. K is the laboratory's choice: below 1 a share of the run, which must be
+longer than it. The original weight is kept, and the moved one is saved with the adapter. A base of
+coded or rounded weights cannot take the small steps and is refused; a model that is loaded in bf16
+rounds them.
 
 What the layer gains by a step is 1 + lambda times what its factors gain, up to K just that:
 
@@ -66,9 +67,10 @@ class DeltaLoRA(Update, name="delta_lora"):
 
     ratio: float = 2.0
     """lambda, the base's step over the product's"""
-    start: int = 100
-    """K: the base rests while t <= K, t the step from 0"""
+    start: float = 0.1
+    """K: the base rests while t <= K, t the step from 0; below 1 a share of the run"""
 
+    scheduled = True
     moves_base = True
 
     def __post_init__(self) -> None:
@@ -81,8 +83,21 @@ class DeltaLoRA(Update, name="delta_lora"):
     def optimizer(
         self, layers: Mapping[str, Adapted], others: Sequence[Tensor], lr: float, **settings: Any
     ) -> torch.optim.Optimizer:
+        steps, start = settings.pop("steps", None), self.start
+        if 0 < start < 1:
+            if steps is None:
+                raise Incompatible(
+                    f"update delta_lora: start={start} is a share of a run whose length is not "
+                    f"known: give optimizer(lr, steps=...)"
+                )
+            start = round(start * steps)
+        if steps is not None and start >= steps - 1:
+            raise Incompatible(
+                f"update delta_lora: start={start:g} leaves the base at rest in a run of {steps} "
+                f"steps"
+            )
         optimizer = Following(layers, others, lr, **settings)
-        optimizer.ratio, optimizer.begin = self.ratio, self.start
+        optimizer.ratio, optimizer.begin = self.ratio, int(start)
         return optimizer
 
 

@@ -63,6 +63,8 @@ class ReLoRA(Allocation, name="relora"):
 
     def fits(self, choice: "Choice") -> None:
         need_product(self, choice)
+        if "B" in choice.init.frozen:
+            raise self.refuse(choice.init, "an init that leaves B to train, as it begins B at zero")
         if choice.update.moves_base:
             raise self.refuse(choice.update, "an update that leaves the base to it")
 
