@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _svd
-from ._api import Measuring, wide
+from ._api import Allocation, Init, Measuring, wide
+from ._experts import apart
 from ._kinds import kind_of, matrix_of
 from ._registry import Incompatible
 
@@ -49,7 +50,7 @@ def calibrate(
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
     """
-    parts: tuple[Measuring, Measuring] = (choice.init, choice.allocation)
+    parts = (choice.init, choice.allocation)
     wanted = tuple(dict.fromkeys((*choice.init.needs, *choice.allocation.needs)))
     unknown = [k for k in wanted if k not in STATISTICS]
     if unknown:
@@ -62,12 +63,27 @@ def calibrate(
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
+    with apart(model, [item.site.path for item in planned]):
+        return _calibrated(model, planned, batches, wanted, parts)
+
+
+def _calibrated(
+    model: nn.Module,
+    planned: "Sequence[Planned]",
+    batches: Sequence[Mapping[str, Any]],
+    wanted: tuple[str, ...],
+    parts: tuple[Init, Allocation],
+) -> tuple[Found, Found]:
     for item in planned:
-        kind = kind_of(model.get_submodule(item.site.path))
-        if not kind.drops and any(k in INPUTS for k in wanted):
-            raise Incompatible(f"calibration: the input of {item.site.name} is no vector of "
-                               f"numbers, so it has no {wanted[0]}")  # fmt: skip
-    ranks = [choice.allocation.most(*item.shape, item.rank) for item in planned]
+        module = model.get_submodule(item.site.path)
+        for part in parts:
+            inputs = [k for k in part.needs if k in INPUTS]
+            if inputs and not kind_of(module)(module).measured:
+                raise Incompatible(
+                    f"{part} needs the {inputs[0]} of each layer's inputs, "
+                    f"and those of {item.site.name} cannot be measured"
+                )
+    ranks = [parts[1].most(*item.shape, item.rank) for item in planned]
     path = _cache_file(model, planned, ranks, batches, wanted, parts)
     kept = None if path is None else _read(path, model, planned)
     if kept is None:
@@ -78,7 +94,7 @@ def calibrate(
                 W0, name = _matrix(model, item), item.site.name
                 for part, into in zip(parts, kept, strict=True):
                     if part.needs:
-                        r = most[name] if part is choice.init else item.rank
+                        r = most[name] if part is parts[0] else item.rank
                         own = {k: found[k] for k in part.needs}
                         reduced = part.reduce(W0, own, r).items()
                         into[name] = {k: t.contiguous() for k, t in reduced}  # as from the file
@@ -211,10 +227,7 @@ def _watched(
 
 def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:
     """The inputs [tokens, n] that W multiplies, one for each sample, without padding."""
-    try:
-        x = kind_of(module)(module).inputs(x)
-    except NotImplementedError as error:  # a grouped convolution
-        raise Incompatible(f"calibration: no inputs of {module} can be measured") from error
+    x = kind_of(module)(module).inputs(x)
     x = x.to(wide(x.dtype))
     mask = None if mask is None or mask.ndim != 2 else mask.to(x.device).bool()
     if mask is not None and x.ndim == 2 and len(x) == mask.numel():
