@@ -118,7 +118,9 @@ class Growth(Allocation, name="increlora"):
     restart: float = 0.02
     """in which the rate of new triplets rises to that of the others"""
     beta1: float = 0.85
+    """of the moving average of the importance"""
     beta2: float = 0.85
+    """of the moving average of the distance from it"""
     orthogonality: float = 0.1
     """weight of the penalty: mean over all P and Q of ||P^T P - I||_F"""
     angles: bool = True

@@ -43,6 +43,7 @@ class LNTuning(Form, name="ln_tuning"):
 
     rank_means = None
     parameters = "m*(1 + r)"  # r is 1 where there is a bias
+    parameters_in_words = "m, and m for a bias"
     scaled = False
 
     def applies(self, kind: Any, has_bias: bool) -> bool:

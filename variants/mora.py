@@ -52,6 +52,7 @@ class MoRA(Form, name="mora"):
 
     rank_means = "r of the LoRA with as many parameters; the change has up to their square root"
     parameters = "(int(math.sqrt((m + n)*r) + 0.5)//2*2)**2"
+    parameters_in_words = "q*q, q = floor(sqrt((m + n)*r) + 1/2), made even for type `rope`"
     scaled = False
 
     def __post_init__(self) -> None:

@@ -57,6 +57,7 @@ class NF4(Base, name="nf4"):
     """4-bit NormalFloat, one fp32 scale a block."""
 
     block: int = 64
+    """numbers that share a scale"""
 
     lossy = True
 
@@ -69,6 +70,7 @@ class NF4Double(Base, name="nf4_dq"):
     """4-bit NormalFloat, the scales quantized again to 8 bits."""
 
     block: int = 64
+    """numbers that share a scale"""
 
     lossy = True
 
