@@ -8,7 +8,8 @@ gradient or a moment of its own. No official code. The paper's Algorithm 1 count
 leaves the first K + 1 steps to the factors; it takes dropout out of the adapter's branch, which is
 the default here as well. K is the laboratory's choice, for runs of some hundreds of steps. The
 original weight is kept, and the moved one is saved with the adapter. A base of coded or rounded
-weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them.
+weights cannot take the small steps and is refused; a model that is loaded in bf16 rounds them. PEFT
+has no such rule.
 
 What the layer gains by a step is 1 + lambda times what its factors gain, up to K just that:
 

@@ -12,7 +12,7 @@ loralib/loralib/increlora.py (`RankAllocator`), whose penalty takes each P_j and
 that it binds their lengths and no angles; the paper's, of P^T P - I and Q Q^T - I, is the default
 here and the code's a setting. The code grows without a bound and past the target where `top` times
 h does not divide what is missing; here a matrix has room for r, and the last round takes no more
-than is missing.
+than is missing. PEFT has no such allocation.
 
 Times below 1 are fractions of the run, others are steps. A new triplet gets its own Adam state, as
 each is a tensor by itself. The scale follows the triplets in use, the reserve counts for nothing:

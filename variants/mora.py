@@ -10,6 +10,7 @@ angles of rotary position i, q even, and puts out the groups side by side (Eq. 9
 Official code: kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py (`_apply_mora`, types 1 and 6;
 types 2 to 4, which group neighbours, are not here). The README wants `sharing` for large r and
 `rope` for small. Where q is above 2 n, which the code cannot fill up, the inputs go round again.
+PEFT has no such form.
 
 Rotation leaves group 0 as it is; a group of inputs reaches its own group of outputs alone:
 

@@ -63,7 +63,7 @@ class VBLoRA(Form, name="vblora"):
     """k, vectors that one stretch mixes"""
 
     parameters = "r*2048*(-(-m//256) + -(-n//256))"
-    parameters_in_words = "r*h*(m/b + n/b), m/b and n/b rounded up"
+    parameters_in_words = "r*h*(m/b + n/b), both rounded up, h = 2048 and b = 256"
     shared_parameters = "2048*256"
     shared = ("bank",)
     scaled = False
