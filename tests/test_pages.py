@@ -63,7 +63,10 @@ def test_every_setting_of_every_part_has_its_line(axis: str) -> None:
         ("qlora", "base        frozen, as it was loaded; rounded, by base nf4_dq"),
         ("lora_fa", "frozen      A (update lora_fa)"),
         ("mica", "frozen      B (init mica)"),
-        ("tied_lora", "parameters  m + r, and r*(m + n) once for layers that share, of a matrix"),
+        (
+            "tied_lora",
+            "parameters  of a matrix W [m, n]: m + r, and r*(m + n) once for layers that share",
+        ),
         ("lora_one", "starts      away from the base, by init lora_one"),
         (
             "gora",

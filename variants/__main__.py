@@ -88,10 +88,10 @@ def page(name: str) -> str:
     lines += ["", "Defaults"]
     lines += _row("rank", f"{defaults['rank'] or 'none'}: {known['rank'] or 'there is no rank'}")
     lines += _row("alpha", str(defaults["alpha"] or "none: the scale has no alpha"))
-    lines += _row("lr", f"{defaults['lr']:g}, {defaults['lr_origin']} (the value at 7B width)")
+    lines += _row("lr", f"{defaults['lr']:g} at 7B width: {defaults['lr_origin']}")
     lines += _row("targets", defaults["targets"])
     lines += ["", "Training"]
-    lines += _row("parameters", f"{_count(known)}, of a matrix W [m, n]")
+    lines += _row("parameters", f"of a matrix W [m, n]: {_count(known)}")
     if known["parameters_in_words"]:
         lines += _row("exactly", known["parameters"])
     for label, text in _conduct(known):

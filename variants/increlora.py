@@ -146,8 +146,8 @@ class Growth(Allocation, name="increlora"):
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
         if target > room:
-            raise Incompatible(f"allocation increlora: target_rank={self.target_rank} asks for "
-                               f"{target} triplets, the rank has room for {room}")  # fmt: skip
+            asked = f"target_rank={self.target_rank} asks for {target} triplets"
+            raise Incompatible(f"allocation increlora: {asked}, the rank has room for {room}")
         rounds = max(1, (until - warmup) // max(1, every))
         top = self.top or max(1, math.ceil((target - start) / (self.add * rounds)))
         zeros = next(iter(layers.values())).params["share"].detach().new_zeros(len(layers))
@@ -166,8 +166,7 @@ class Growth(Allocation, name="increlora"):
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
         norms = []
-        for layer in layers.values():
-            P, E, Q = triplets(layer.p)
+        for P, E, Q in (triplets(layer.p) for layer in layers.values()):
             for gram in (P.mT @ P, Q @ Q.mT):
                 off = gram - torch.eye(len(E), dtype=gram.dtype, device=gram.device)
                 norms.append(off.norm() if self.angles else off.diagonal().abs().mean())
