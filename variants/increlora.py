@@ -141,8 +141,7 @@ class Growth(Allocation, name="increlora"):
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         times = (self.warmup, self.until, self.every, self.restart)
         warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
-        used = {name: in_use(layer) or min(self.initial, layer.rank)
-                for name, layer in layers.items()}  # fmt: skip
+        used = {n: in_use(la) or min(self.initial, la.rank) for n, la in layers.items()}
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
         if target > room:
