@@ -366,7 +366,8 @@ def test_bitfit_trains_as_the_model_s_own_biases_do() -> None:
 def test_bitfit_needs_a_bias() -> None:
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.RMSNorm(4))
     with pytest.raises(
-        variants.Incompatible, match=r"form bitfit.*trains biases, and none of these layers has one"
+        variants.Incompatible,
+        match=r"form bitfit: no layer .*trains biases, of the layers that have one",
     ):
         variants.attach(net, "bitfit")
     with pytest.raises(variants.Incompatible, match=r"form ln_tuning.*targets=norms"):

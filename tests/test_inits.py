@@ -672,7 +672,7 @@ def test_errors_are_said_in_the_user_s_words() -> None:
         (llama(), "eva", {"calibration": []}, "no batches"),
         (llama(), "lora_ga", {"calibration": none}, "gave no loss; put labels"),
         (nan, "eva", {"calibration": BATCHES}, "covariance of model.layers.0.self_attn.o_proj"),
-        (llama(), "eva", {"calibration": BATCHES, "targets": "embeddings"}, "no vector of numbers"),
+        (llama(), "eva", {"calibration": BATCHES, "targets": "embeddings"}, "cannot be measured"),
         (llama(), "lora_ga", {"calibration": BATCHES, "rank": 9}, "takes 18 directions"),
         (llama(), "lora", {"init": {"name": "lora_ga", "direction": "up"}}, "ArB2r, A2rBr, ArBr"),
         (llama(), "lora", {"init": {"name": "corda", "mode": "kpm"}}, "instruction, knowledge"),
@@ -693,8 +693,10 @@ def test_patches_of_a_convolution_are_its_inputs() -> None:
     samples = _calibrate._samples(conv, x, None)
     assert [tuple(s.shape) for s in samples] == [(16, 12)] * 2
     same(samples[1] @ conv.weight.flatten(1).mT, conv(x)[1].flatten(1).mT, 1e-5)
-    with pytest.raises(variants.Incompatible, match="no inputs of Conv2d"):
-        _calibrate._samples(nn.Conv2d(4, 4, 2, groups=2), torch.randn(1, 4, 5, 5), None)
+    model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2))
+    batches = [{"input": torch.randn(1, 4, 5, 5)}]
+    with pytest.raises(variants.Incompatible, match="those of 0 cannot be measured"):
+        variants.attach(model, "eva", rank=2, targets="0", calibration=batches)
 
 
 # ranks that an allocation gives

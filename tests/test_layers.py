@@ -3,44 +3,30 @@
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
+from models import seeded
 from torch import nn
 
 import variants
-from variants._adapter import choose, fingerprint, needs
-
-transformers = pytest.importorskip("transformers")
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4}  # fmt: skip
-
-
-def causal(kind: str, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+from variants._adapter import fingerprint
 
 
 def gpt2() -> Any:
-    return causal("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return seeded(models.gpt2)
 
 
 def llama(**more: Any) -> Any:
-    return causal("llama", **SMALL, **more)
+    return seeded(models.llama, **more)
 
 
 def bert() -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SMALL, num_labels=3)
-    return transformers.BertForSequenceClassification(config).eval()
+    return seeded(models.bert)
 
 
 def t5() -> Any:
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2,
-                                   num_heads=4, feed_forward_proj="gated-gelu")  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config).eval()
+    return seeded(models.t5)
 
 
 def names(model: nn.Module, targets: Any) -> list[str]:
@@ -77,44 +63,6 @@ def test_fused_roles_of_gpt2_are_slices() -> None:
                                         "transformer.h.0.attn.c_attn.v"]  # fmt: skip
     assert "transformer.h.0.attn.c_attn" in names(gpt2(), "attention")
     assert {n.rpartition(".")[2] for n in names(gpt2(), "mlp")} == {"c_fc", "c_proj"}
-
-
-@pytest.mark.parametrize("preset", variants.names())
-@pytest.mark.parametrize("build", [gpt2, llama, bert, t5])
-def test_every_variant_on_every_architecture(build: Any, preset: str, tmp_path: Path) -> None:
-    """Trains, is itself again when disabled, merges, saves and loads."""
-    model, ids = build(), torch.randint(1, 64, (2, 8))
-    inputs = {"input_ids": ids}
-    if build is t5:
-        inputs["decoder_input_ids"] = ids
-    with torch.no_grad():
-        before = model(**inputs).logits
-    rank = 4 if variants.describe(preset)["rank"] else None
-    labels = ids if before.ndim == 3 else torch.tensor([0, 1])
-    batches = [inputs | {"labels": labels}] if needs(choose(preset)) else None
-    try:
-        adapter = variants.attach(model, preset, rank=rank, calibration=batches)
-    except variants.Incompatible as refusal:  # such as biases to train, and none in the model
-        assert f"form {preset}: no layer of targets=" in str(refusal)
-        return
-    optimizer = adapter.optimizer(1e-2, steps=4)
-    for _ in range(4):
-        penalty = adapter.penalty()
-        loss = model(**inputs).logits.square().mean()
-        (loss if penalty is None else loss + penalty).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        after = model(**inputs).logits
-        with adapter.disabled():
-            off = model(**inputs).logits
-        if not adapter.choice.base.lossy:
-            torch.testing.assert_close(off, before, rtol=1e-5, atol=1e-5)
-        adapter.save(tmp_path)
-        loaded = variants.load(build(), tmp_path)
-        torch.testing.assert_close(loaded.model(**inputs).logits, after, rtol=0, atol=0)
-        adapter.merge()
-        torch.testing.assert_close(model(**inputs).logits, after, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["lora", "dora", "pissa", "adalora", "qlora"])

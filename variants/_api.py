@@ -59,6 +59,7 @@ class Form(Part):
     axis = "form"
     rank_means: ClassVar[str | None] = "r, the number of directions of every adapted matrix"
     parameters: ClassVar[str] = ""  # trained numbers in one [m, n] matrix, as Python of r, m, n
+    parameters_in_words: ClassVar[str] = ""  # the same, where the expression is hard to read
     shared_parameters: ClassVar[str] = "0"  # trained numbers in one shared copy, likewise
     constants: ClassVar[tuple[str, ...]] = ()  # tensors of p that are kept and never trained
     shared: ClassVar[tuple[str, ...]] = ()  # tensors of p that layers of one `key` hold together

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _svd
-from ._api import Measuring, wide
-from ._kinds import ExpertKind, kind_of, matrix_of
+from ._api import Allocation, Init, Measuring, wide
+from ._experts import apart
+from ._kinds import kind_of, matrix_of
 from ._registry import Incompatible
-from ._targets import all_layers
 
 if TYPE_CHECKING:
     from ._adapter import Choice, Planned
@@ -51,7 +51,7 @@ def calibrate(
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
     """
-    parts: tuple[Measuring, Measuring] = (choice.init, choice.allocation)
+    parts = (choice.init, choice.allocation)
     wanted = tuple(dict.fromkeys((*choice.init.needs, *choice.allocation.needs)))
     unknown = [k for k in wanted if k not in STATISTICS]
     if unknown:
@@ -64,17 +64,28 @@ def calibrate(
             break
     if not batches:
         raise Incompatible("calibration: no batches in it")
-    layers = all_layers(model)
+    with apart(model, [item.site.path for item in planned]):
+        return _calibrated(model, planned, batches, counts, parts)
+
+
+def _calibrated(
+    model: nn.Module,
+    planned: "Sequence[Planned]",
+    batches: Sequence[Mapping[str, Any]],
+    counts: Sequence[int],
+    parts: tuple[Init, Allocation],
+) -> tuple[Found, Found]:
+    wanted = tuple(dict.fromkeys(k for part in parts for k in part.needs))
     for item in planned:
-        kind = kind_of(layers[item.site.path])
-        if kind is ExpertKind:
-            asking = next(part for part in parts if part.needs)
-            raise Incompatible(f"{asking} needs the {wanted[0]} of each layer, and that of one "
-                               f"expert of a stack ({item.site.name}) is not measured")  # fmt: skip
-        if not kind.drops and any(k in INPUTS for k in wanted):
-            raise Incompatible(f"calibration: the input of {item.site.name} is no vector of "
-                               f"numbers, so it has no {wanted[0]}")  # fmt: skip
-    ranks = [choice.allocation.most(*item.shape, item.rank) for item in planned]
+        module = model.get_submodule(item.site.path)
+        for part in parts:
+            inputs = [k for k in part.needs if k in INPUTS]
+            if inputs and not kind_of(module)(module).measured:
+                raise Incompatible(
+                    f"{part} needs the {inputs[0]} of each layer's inputs, "
+                    f"and those of {item.site.name} cannot be measured"
+                )
+    ranks = [parts[1].most(*item.shape, item.rank) for item in planned]
     path = _cache_file(model, planned, ranks, batches, wanted, parts)
     kept = None if path is None else _read(path, model, planned)
     if kept is None:
@@ -90,7 +101,7 @@ def calibrate(
                 for item, found in _measure(model, group, batches[:count], asked):
                     W0, name = _matrix(model, item), item.site.name
                     for part, into in takers:
-                        r = most[name] if part is choice.init else item.rank
+                        r = most[name] if part is parts[0] else item.rank
                         own = {k: found[k] for k in part.needs}
                         reduced = part.reduce(W0, own, r).items()
                         into[name] = {k: t.contiguous() for k, t in reduced}  # as from the file
@@ -245,10 +256,7 @@ def _encoder(model: Any) -> nn.Module | None:
 
 def _samples(module: nn.Module, x: Tensor, mask: Any) -> list[Tensor]:
     """The inputs [tokens, n] that W multiplies, one for each sample, without padding."""
-    try:
-        x = kind_of(module)(module).inputs(x)
-    except NotImplementedError as error:  # a grouped convolution
-        raise Incompatible(f"calibration: no inputs of {module} can be measured") from error
+    x = kind_of(module)(module).inputs(x)
     x = x.to(wide(x.dtype))
     mask = None if mask is None or mask.ndim != 2 else mask.to(x.device).bool()
     if mask is not None and x.ndim == 2 and len(x) == mask.numel():

@@ -8,7 +8,7 @@ libraries (Hydra builds the same variant, a run resumes, PEFT's numbers) live in
 import ast
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._adapter import Adapter, attach, choose, needs, planned_item, shared_shapes
+from ._adapter import (
+    Adapter,
+    Choice,
+    Planned,
+    attach,
+    choose,
+    needs,
+    planned_item,
+    shared_shapes,
+)
 from ._api import LowRank
 from ._io import load
 from ._kinds import Kind, NormKind
@@ -348,21 +357,25 @@ def resumes_in_mid_schedule(case: Case) -> None:
 def counts_the_papers_parameters(case: Case) -> None:
     """Trained numbers equal the formula of the file."""
     adapter = case.attach()
-    choice = adapter.choice
-    left = (*choice.init.frozen, *choice.update.frozen)
     own = "" if case.axes else find_preset(case.preset).parameters
+    expected = by_formula(adapter.choice, _planned(adapter), own)
+    assert adapter.num_trainable == expected, (adapter.num_trainable, expected)
+
+
+def by_formula(choice: Choice, planned: Sequence[Planned], own: str = "") -> int:
+    """The trained numbers of a plan, by its form's formulas or by its preset's `own`."""
+    left = (*choice.init.frozen, *choice.update.frozen)
     expected = 0
-    for layer in adapter.layers.values():
-        sizes = layer.rank, layer.out_features, layer.in_features
-        expected += evaluated(own or choice.form.parameters, *sizes)
+    for item in planned:
+        m, n = item.shape
+        expected += evaluated(own or choice.form.parameters, item.rank, m, n)
         if not own:  # the form's formula, less what the init or the update leaves untrained
-            shapes = choice.form.shapes(sizes[1], sizes[2], sizes[0])
-            expected -= sum(torch.Size(v).numel() for k, v in shapes.items() if k in left)
-    for m, n, r in shared_shapes(choice, _planned(adapter)).values():
+            expected -= sum(math.prod(v) for k, v in item.tensors.items() if k in left)
+    for m, n, r in shared_shapes(choice, planned).values():
         expected += evaluated(choice.form.shared_parameters, r, m, n)
         shapes = choice.form.shared_shapes(m, n, r)
-        expected -= sum(torch.Size(v).numel() for k, v in shapes.items() if k in left)
-    assert adapter.num_trainable == expected, (adapter.num_trainable, expected)
+        expected -= sum(math.prod(v) for k, v in shapes.items() if k in left)
+    return expected
 
 
 def evaluated(formula: str, r: int, m: int, n: int) -> int:

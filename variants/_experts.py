@@ -6,7 +6,8 @@ of which can be frozen or adapted like any layer, and hands the model their stac
 runs; `restack` makes it a parameter again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,3 +73,22 @@ def restack(module: Any) -> None:
         stack = torch.stack([part.weight for part in module._modules.pop(name)])
         module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
     module.__class__ = type(module).__mro__[2]
+
+
+@contextmanager
+def apart(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Where `paths` name experts, their stacks as lists of views; then the very stacks again."""
+    own = {path.rsplit(".", 2)[0] for path in paths}
+    kept = [
+        (m, m._parameters.copy()) for name, m in model.named_modules() if name in own and stacks(m)
+    ]
+    for module, _ in kept:
+        unstack(module)
+    try:
+        yield
+    finally:
+        for module, parameters in kept:
+            for name in module.unstacked:  # type: ignore[union-attr]
+                del module._modules[name]  # type: ignore[arg-type]
+            module._parameters = parameters
+            module.__class__ = type(module).__mro__[2]

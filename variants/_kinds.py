@@ -59,6 +59,11 @@ class Kind:
         """B A x by way of A x, or None where there is no short way."""
         return None
 
+    @property
+    def measured(self) -> bool:
+        """Whether `inputs` can tell what W multiplies."""
+        return self.drops
+
     def inputs(self, x: Tensor) -> Tensor:
         """What W multiplies, [..., n], of the layer's input."""
         return x
@@ -133,10 +138,13 @@ class Conv2dKind(Shell):
     def from_matrix(self, W: Tensor) -> Tensor:
         return W.view(self.shell.weight.shape)
 
+    @property
+    def measured(self) -> bool:
+        s = self.shell  # patches of other convolutions are not those of `unfold`
+        return s.groups == 1 and s.padding_mode == "zeros" and not isinstance(s.padding, str)
+
     def inputs(self, x: Tensor) -> Tensor:
         s = self.shell
-        if s.groups != 1 or s.padding_mode != "zeros" or isinstance(s.padding, str):
-            raise NotImplementedError(f"abstract: no patches of {s}")
         return F.unfold(x, s.kernel_size, s.dilation, s.padding, s.stride).mT
 
 

@@ -16,6 +16,7 @@ import importlib.util
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -26,6 +27,7 @@ AXES = ("form", "init", "scale", "allocation", "update", "base")
 PACKAGE = Path(__file__).parent
 OUTSIDE = "LORA_VARIANTS"  # files in the environment, so that the processes of a sweep have them
 GROUP = "lora_variants"  # of entry points
+_KINDS = {"int": int, "float": float, "str": str}
 
 
 class Incompatible(ValueError):
@@ -42,6 +44,7 @@ class PartInfo:
     cls: str
     doc: str
     fields: dict[str, tuple[str, Any]] = field(default_factory=dict)  # name -> (type, default)
+    docs: dict[str, str] = field(default_factory=dict)  # name -> its line of documentation
     traits: dict[str, Any] = field(default_factory=dict)  # the literal class attributes
 
     def load(self, **settings: Any) -> Any:
@@ -92,19 +95,26 @@ def _axis_classes() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-def _members(node: ast.ClassDef, module: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields with type and default, class attributes) of a part: the literal ones."""
-    fields, traits = {}, {}
+def _members(
+    node: ast.ClassDef, module: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """(fields with type and default, literal class attributes, the fields' docs) of a part."""
+    fields, traits, docs = {}, {}, {}
+    last = None
     for item in node.body:
+        if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and last is not None:
+            docs[last] = str(item.value.value)
+        last = None
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
             kind, where = ast.unparse(item.annotation), f"{module}.{node.name}.{item.target.id}"
             if kind.startswith("ClassVar"):
                 traits[item.target.id] = _literal(item.value, where)
             else:
-                fields[item.target.id] = (kind, _literal(item.value, where))
+                last = item.target.id
+                fields[last] = (kind, _literal(item.value, where))
         elif isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
             traits[item.targets[0].id] = _literal(item.value, f"{module}.{node.name}")
-    return fields, traits
+    return fields, traits, docs
 
 
 def _part(node: ast.ClassDef, module: str) -> PartInfo | None:
@@ -114,9 +124,9 @@ def _part(node: ast.ClassDef, module: str) -> PartInfo | None:
     if not parents or not names:
         return None
     axis, inherited = _axis_classes()[parents[0]]
-    fields, traits = _members(node, module)
+    fields, traits, docs = _members(node, module)
     doc = ast.get_docstring(node) or ""
-    return PartInfo(axis, names[0], module, node.name, doc, fields, inherited | traits)
+    return PartInfo(axis, names[0], module, node.name, doc, fields, docs, inherited | traits)
 
 
 def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
@@ -276,6 +286,49 @@ def find_part(axis: str, name: str) -> PartInfo:
     return index()[0][axis][name]
 
 
+def overrides(preset: str, words: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The axes of a preset that `words` change: AXIS=PART, or AXIS.SETTING=VALUE.
+
+    A run's keys are such words too. The result is what `attach` takes.
+
+    >>> overrides("gralora", ["init=default", "variant.form.k=4"])
+    {'init': {'name': 'default'}, 'form': {'name': 'gralora', 'k': 4}}
+    """
+    own = find_preset(preset).axes
+    found: dict[str, dict[str, Any]] = {}
+    settings = []
+    for word in words:
+        key, equals, value = word.removeprefix("variant/").removeprefix("variant.").partition("=")
+        axis, _, setting = key.partition(".")
+        if axis not in AXES or not equals or not value:
+            raise Incompatible(
+                f"{word}: AXIS=PART or AXIS.SETTING=VALUE, an axis being one of {', '.join(AXES)}"
+            )
+        if setting:
+            settings.append((axis, setting, value))
+        else:
+            found[axis] = {"name": find_part(axis, value).name}
+    for axis, setting, value in settings:
+        part = found.setdefault(axis, dict(own[axis]))
+        fields = find_part(axis, part["name"]).fields
+        if setting not in fields:
+            raise Incompatible(
+                f"{axis} {part['name']} has no setting {setting!r}; its settings: "
+                f"{', '.join(fields) or 'none'}"
+            )
+        part[setting] = _value(f"{axis}.{setting}", fields[setting][0], value)
+    return found
+
+
+def _value(key: str, kind: str, text: str) -> Any:
+    try:
+        return (
+            {"true": True, "false": False}[text.lower()] if kind == "bool" else _KINDS[kind](text)
+        )
+    except (KeyError, ValueError):
+        raise Incompatible(f"{key}={text}: this setting is of type {kind}") from None
+
+
 def _blocks(doc: str) -> tuple[str, str, str]:
     """(citation: the first paragraph, equation: the first indented block, the remaining text)."""
     paragraphs = [block for block in doc.split("\n\n") if block.strip()]
@@ -287,6 +340,9 @@ def _blocks(doc: str) -> tuple[str, str, str]:
 
 def describe(name: str) -> dict[str, Any]:
     """What there is to know of a preset: paper, equation, axes, defaults, rank, parameters, notes.
+
+    `parameters` is Python of r, m, n at the default settings, `parameters_in_words` says the same
+    where that is hard to read, `settings` has a line on each setting, `needs` what it calibrates.
 
     >>> describe("dora")["parameters"]
     'r*(m + n) + m'
@@ -312,6 +368,18 @@ def describe(name: str) -> dict[str, Any]:
         },
         "rank": form.traits["rank_means"],
         "parameters": info.parameters or form.traits["parameters"],
+        "parameters_in_words": "" if info.parameters else form.traits["parameters_in_words"],
+        "shared_parameters": form.traits["shared_parameters"],
+        "settings": {
+            axis: dict(find_part(axis, chosen["name"]).docs) for axis, chosen in info.axes.items()
+        },
+        "needs": list(
+            dict.fromkeys(
+                k
+                for axis in ("init", "allocation")
+                for k in find_part(axis, info.axes[axis]["name"]).traits["needs"]
+            )
+        ),
         "notes": notes,
         "file": info.module
         if info.module.endswith(".py")

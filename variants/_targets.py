@@ -1,6 +1,6 @@
 """Which layers a variant adapts: roles (`all-linear`, `attention`, `mlp`, `q`, ...) or names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +140,7 @@ def resolve(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
     whole = {site.path for site in found if site.role is None}
     sites = [s for s in found if s.role is None or s.path not in whole]
     sites.sort(key=lambda s: (order[s.path], s.rows or (0, 0)))
-    for site in sites:
-        _refuse_shared(model, site.path, layers[site.path])
+    _refuse_shared(model, {site.path: layers[site.path] for site in sites})
     return sites
 
 
@@ -193,17 +192,25 @@ def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
     )
 
 
-def _refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
+def _refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """A layer or a weight that stands at a second place, where it would stay as it was."""
-    for other, candidate in model.named_modules(remove_duplicate=False):
-        if other == path:
-            continue
-        if candidate is module:
-            raise Incompatible(
-                f"targets={path}: the same layer stands at {other} too, and would stay as it was"
-            )
-        if getattr(candidate, "weight", None) is module.weight:
-            raise Incompatible(
-                f"targets={path}: its weight is tied to {other}, which would change with it; "
-                f"untie them (tie_word_embeddings=False) or leave it out"
-            )
+    modules: dict[int, list[str]] = {}
+    weights: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(id(module), []).append(path)
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            weights.setdefault(id(weight), []).append(path)
+    for path, module in layers.items():
+        for other in modules.get(id(module), ()):
+            if other != path:
+                raise Incompatible(
+                    f"targets={path}: the same layer stands at {other} too, "
+                    f"and would stay as it was"
+                )
+        for other in weights.get(id(module._parameters.get("weight")), ()):
+            if other != path:
+                raise Incompatible(
+                    f"targets={path}: its weight is tied to {other}, which would change with it; "
+                    f"untie them (tie_word_embeddings=False) or leave it out"
+                )

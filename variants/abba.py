@@ -6,10 +6,10 @@ ICLR 2026), arXiv:2505.14238.
 The product * is element by element. B1 = U sqrt(S) and A1 = sqrt(S) V^T are trained and not taken
 out of W0; A2 ~ U(-sqrt(6/n), sqrt(6/n)). r = r1 + r2, in halves (an odd one to r1), so that ABBA
 has the parameters of LoRA at rank r. Official code: CERT-Lab/abba, abba.py, which computes by
-Khatri-Rao factors of r1 r2 directions, as here, and never uses its dropout. There
-s = sqrt(alpha1) sqrt(alpha2) with no rank in it (scale `abba`, one alpha for both). Its
-`svd_lowrank` has no oversampling, and draws from the global generator; the decomposition here is
-exact to fp32.
+Khatri-Rao factors of r1 r2 directions, as here, and never uses its dropout. There s = sqrt(alpha1)
+sqrt(alpha2) with no rank in it (scale `abba`, one alpha for both). Its `svd_lowrank` has no
+oversampling, and draws from the global generator; the decomposition here is exact to fp32. PEFT has
+no such form.
 
 The start is the base, its first product the best rank-r1 matrix of W0 itself; s is alpha:
 

@@ -81,7 +81,9 @@ class AdaLoRABudget(Allocation, name="adalora"):
     every: float = 0.001
     """between two masks"""
     beta1: float = 0.85
+    """of the moving average of the importance"""
     beta2: float = 0.85
+    """of the moving average of the distance from it"""
     orthogonality: float = 0.1
     """weight of the penalty: mean over all P and Q of ||P^T P - I||_F"""
 

@@ -33,7 +33,7 @@ from ._registry import preset
 
 @dataclass(frozen=True)
 class BitFit(Form, name="bitfit"):
-    """It trains biases, and none of these layers has one."""
+    """It trains biases, of the layers that have one."""
 
     rank_means = None
     parameters = "m"

@@ -70,6 +70,8 @@ class BOFT(Form, name="boft"):
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise Incompatible(f"form boft: depth={self.depth}; 1 or more")
+        if self.depth != 2:
+            object.__setattr__(self, "parameters", f"{self.depth}*n*(r - 1)//2 + m")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"Q": (self.depth, n // r, r * (r - 1) // 2), "g": (m,)}

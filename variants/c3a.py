@@ -50,6 +50,7 @@ class C3A(Form, name="c3a"):
         "m*n//(lambda d: d(d, math.gcd(m, n), min(256, m, n)))"
         "(lambda d, x, k: k if x % k == 0 else d(d, x, k - 1))"
     )
+    parameters_in_words = "m*n/b, b the side of the blocks"
     scaled = False
     starts_at_base = False
 

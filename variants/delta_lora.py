@@ -9,7 +9,7 @@ leaves the first K + 1 steps to the factors; it takes dropout out of the adapter
 the default here as well. K is the laboratory's choice: below 1 a share of the run, which must be
 longer than it. The original weight is kept, and the moved one is saved with the adapter. A base of
 coded or rounded weights cannot take the small steps and is refused; a model that is loaded in bf16
-rounds them.
+rounds them. PEFT has no such rule.
 
 What the layer gains by a step is 1 + lambda times what its factors gain, up to K just that:
 

@@ -8,7 +8,7 @@ Evaluation and merging take all r. Official code: huawei-noah/Efficient-NLP,
 DyLoRA/loralib/DyLoRA.py (`dynamic`): each factor times sqrt(r / b) under the scale alpha / r; its
 NLU script has every layer at one b, and `frozen`: the directions before b are seen, only b itself
 gets a gradient (the paper's other form, a setting here as there). Each layer takes r / b times its
-own scale, so alpha / b becomes alpha / sqrt(r) r / b with rsLoRA's.
+own scale, so alpha / b becomes alpha / sqrt(r) r / b with rsLoRA's. PEFT has no such allocation.
 
 What a step sees, and the size of it:
 

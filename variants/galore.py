@@ -3,12 +3,13 @@ arXiv:2403.03507.
 
     W = W - lr k Adam(G Q) Q^T  (m >= n),    W = W - lr k P Adam(P^T G)  (m < n)
 
-W itself trains (form full); Q [n, r] or P [m, r] are the leading singular vectors of G at steps
-0, T, 2T, ... and Adam's moments live in those r directions, left as they are when the directions
+W itself trains (form full); Q [n, r] or P [m, r] are the leading singular vectors of G at steps 0,
+T, 2T, ... and Adam's moments live in those r directions, left as they are when the directions
 change. Official code: jiaweizzhao/GaLore, galore_torch/galore_projector.py (`std`) and adamw.py;
 eps stands where the paper and torch's AdamW have it, after the bias correction (there: before). A
 matrix with less than r singular vectors keeps them all. What is no matrix goes by AdamW. Defaults
 are the official ones; the preset has LoRA's rank and the step of the official fine-tuning script.
+PEFT has no such optimizer.
 
 The larger side keeps its size, so the moments hold r max(m, n) numbers; with every direction kept
 nothing of the gradient is lost, with one its largest singular value is what is left:

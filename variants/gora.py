@@ -5,12 +5,13 @@
     W = W0 + s B A,    s = alpha / sqrt(r_i)
 
 G is the loss's gradient by W0 over some batches. Ranks share the trained numbers by the importance
-of each weight, between r/2 and 4r; then A compresses G, and s B A is a step of about the norm
-gamma |G| down its rows. The base keeps all it has, so the model does not start there. Official
-code: hhnqqq/MyTransformers, common/lora_modules/gora.py (`get_allocated_rank` with union_mean,
+of each weight, between r/2 and 4r; then A compresses G, and s B A is a step of about the norm gamma
+|G| down its rows. The base keeps all it has, so the model does not start there. Official code:
+hhnqqq/MyTransformers, common/lora_modules/gora.py (`get_allocated_rank` with union_mean,
 `grad_compress_init`) and scripts/gora, rank-stable and with `dynamic_scaling`. As published, that
 code lacks the minus of the paper (its own error measure, against -lr G, has it); `sign="code"`
-repeats it. It measures in train mode. Its LoRA+ (B at 16 times the rate) is the axis `update`.
+repeats it. It measures in train mode. Its LoRA+ (B at 16 times the rate) is the axis `update`. PEFT
+has no such start.
 
 A step against the gradient, of its size, in the plane that A happens to span:
 

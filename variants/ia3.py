@@ -45,6 +45,7 @@ class IA3(Form, name="ia3"):
 
     rank_means = None
     parameters = "m if r == 1 else n"  # r is 1 where outputs are scaled, 2 where inputs are
+    parameters_in_words = "m where outputs are scaled, n where inputs are"
     scaled = False
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:

@@ -12,7 +12,7 @@ loralib/loralib/increlora.py (`RankAllocator`), whose penalty takes each P_j and
 that it binds their lengths and no angles; the paper's, of P^T P - I and Q Q^T - I, is the default
 here and the code's a setting. The code grows without a bound and past the target where `top` times
 h does not divide what is missing; here a matrix has room for r, and the last round takes no more
-than is missing.
+than is missing. PEFT has no such allocation.
 
 Times below 1 are fractions of the run, others are steps. A new triplet gets its own Adam state, as
 each is a tensor by itself. The scale follows the triplets in use, the reserve counts for nothing:
@@ -118,7 +118,9 @@ class Growth(Allocation, name="increlora"):
     restart: float = 0.02
     """in which the rate of new triplets rises to that of the others"""
     beta1: float = 0.85
+    """of the moving average of the importance"""
     beta2: float = 0.85
+    """of the moving average of the distance from it"""
     orthogonality: float = 0.1
     """weight of the penalty: mean over all P and Q of ||P^T P - I||_F"""
     angles: bool = True
@@ -139,8 +141,7 @@ class Growth(Allocation, name="increlora"):
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         times = (self.warmup, self.until, self.every, self.restart)
         warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
-        used = {name: in_use(layer) or min(self.initial, layer.rank)
-                for name, layer in layers.items()}  # fmt: skip
+        used = {n: in_use(la) or min(self.initial, la.rank) for n, la in layers.items()}
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
         if target > room:
@@ -167,8 +168,7 @@ class Growth(Allocation, name="increlora"):
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
         norms = []
-        for layer in layers.values():
-            P, E, Q = triplets(layer.p)
+        for P, E, Q in (triplets(layer.p) for layer in layers.values()):
             for gram in (P.mT @ P, Q @ Q.mT):
                 off = gram - torch.eye(len(E), dtype=gram.dtype, device=gram.device)
                 norms.append(off.norm() if self.angles else off.diagonal().abs().mean())

@@ -6,8 +6,8 @@ Fine-Tuning Dynamics (Li et al., ICML 2025), arXiv:2505.23194.
 Both factors are random, and the base gives up their product, so that the model starts where it was
 while both factors have a gradient from the first step. Checked against yuang-lee/lr-matters-lora,
 run-lora/utils/init_AB_util.py (`AB_1_1_RESET`), which carries the authors' code: both bounds have
-the layer's input width n in them, B's too. Without `subtract` the product stays in the model as
-noise, which the paper finds to be harmless; it then does not start at the base.
+the layer's input width n in them, B's too. The paper's other form leaves the product in the model
+as noise, finds it to be harmless, and is not here. PEFT has no such start.
 
 B is as large as A, entry for entry, whatever its own shape:
 

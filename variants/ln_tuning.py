@@ -7,7 +7,8 @@ This is the paper's LayerNorm-simple, with nothing else trained (its main settin
 embeddings, the head and the connector of a multi-modal model too). All norms are targets, the last
 one of the model included, as in PEFT; the paper names those of the attention blocks. The gain is W
 [m, 1], in whatever way the layer uses it (Gemma's norms multiply by 1 + gain). The bias is kept as
-a change: the same steps, and a weight decay draws it to its start. There is no rank.
+a change: the same steps, and a weight decay draws it to its start. There is no rank. No official
+code was found.
 
 Gain and bias move, what normalizes does not:
 
@@ -43,6 +44,7 @@ class LNTuning(Form, name="ln_tuning"):
 
     rank_means = None
     parameters = "m*(1 + r)"  # r is 1 where there is a bias
+    parameters_in_words = "m, and m for a bias"
     scaled = False
 
     def applies(self, kind: Any, has_bias: bool) -> bool:

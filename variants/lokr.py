@@ -88,6 +88,10 @@ class LoKr(Form, name="lokr"):
         "(*(lambda d: (d(d, m, math.isqrt(m)), d(d, n, math.isqrt(n))))"
         "(lambda d, x, k: k if x % k == 0 else d(d, x, k - 1)))"
     )
+    parameters_in_words = (
+        "a*b + r*(m/a + n/b), or a*b + m*n/(a*b) where r is half of max(m/a, n/b) or more; "
+        "a, b: the smaller parts of m and n"
+    )
     rank_is_bounded = False
 
     def __post_init__(self) -> None:
@@ -155,6 +159,7 @@ class KronA(Form, name="krona"):
         "(*(lambda d: (d(d, m, math.isqrt(m)), d(d, n, math.isqrt(n))))"
         "(lambda d, x, k: k if x % k == 0 else d(d, x, k - 1)))"
     )
+    parameters_in_words = "a*b + m*n/(a*b); a, b: the smaller parts of m and n"
     scaled = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@
 
 Official code: microsoft/LoRA, loralib/layers.py (`Linear`). The paper draws A from a Gaussian; the
 code, and all that followed it, from the uniform distribution above. Dropout acts on the adapter's
-input alone. LoRA is the identity of this laboratory: each axis takes its first value here.
+input alone. LoRA is the identity of this laboratory: each axis takes its first value here. PEFT has
+the same start and scale; its alpha is 8 at any rank unless it is given.
 
 What it buys: the change has rank r, whatever the data say.
 

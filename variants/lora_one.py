@@ -9,7 +9,7 @@ keeps all it has, so the model starts after that step and not at the base. Offic
 YuanheZ/LoRA-One, run_exp.py (`reinit_lora_modules`, direction LoRA-One, scale stable), which has
 the roots; the README's formula has S itself in both factors. There G is met in train mode and
 decomposed by `svd_lowrank` with the global generator. The paper's preconditioner, which the
-official code does not hold either, would be a choice of the axis `update`.
+official code does not hold either, would be a choice of the axis `update`. PEFT has no such start.
 
 s B A goes down the gradient, with norm s / gamma whatever the size of G:
 

@@ -8,12 +8,12 @@ B^T B X + X A A^T = -(B^T B)^-1 g_A A^T / s^2, which keeps g_A', g_B' nearest to
 2.3). At the start B = 0: A rests, and B moves by g_B (A A^T)^-1 / s^2.
 
 `mode=full` (Algorithm 2): Adam's moments are those of the [m, n] gradient s (B g_A' + g_B' A), at
-the cost of full fine-tuning's memory; Adam's direction g then takes that gradient's place, with
-s B^T g and s g A^T for g_A and g_B. `mode=efficient`: AdamW's moments of g_A' and g_B' themselves.
+the cost of full fine-tuning's memory; Adam's direction g then takes that gradient's place, with s
+B^T g and s g A^T for g_A and g_B. `mode=efficient`: AdamW's moments of g_A' and g_B' themselves.
 Official code: mrflogs/LoRA-Pro, DeepSpeed-0.15.1/deepspeed/runtime/zero/stage_1_and_2.py
 (`lorapro_full_adjustment`): `full`, with s fixed at 2 even where rsLoRA's scale is in use (here the
 layer's own) and moments in bf16 (here as wide as the factors); it adds 1e-8 I to the Gram matrices
-that it inverts, as here.
+that it inverts, as here. PEFT has no such optimizer.
 
 The gradient of W does not depend on X, and is the full one's projection on what A and B span:
 

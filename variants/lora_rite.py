@@ -13,7 +13,8 @@ rates that contain Adam's bias correction, u^T u over its rows, and the global n
 `clip`. It leaves rho out unless `apply_escape` is given; here it is in, as in the paper. It leaves
 out a u whose root mean square exceeds 1, which the paper does not: V then falls towards zero, and
 the first u that is let in again makes too long a step (a setting here, `skip`). Its eigenvalues
-below zero turn a whole update into zeros (a NaN replaced); here they count as zero.
+below zero turn a whole update into zeros (a NaN replaced); here they count as zero. PEFT has no
+such optimizer.
 
 At first V is the gradient's own, so that u V^(-1/2) has orthogonal columns of its rows' length:
 

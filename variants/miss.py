@@ -73,6 +73,7 @@ class BAT(Form, name="bat"):
 
     rank_means = "r, the side of the blocks, at most n"
     parameters = "(m + r - 1)//r*r*r"
+    parameters_in_words = "r*r*(m/r), m/r rounded up"
     scaled = False
     rank_is_bounded = False
 

@@ -10,6 +10,7 @@ angles of rotary position i, q even, and puts out the groups side by side (Eq. 9
 Official code: kongds/MoRA, peft-mora/src/peft/tuners/lora/layer.py (`_apply_mora`, types 1 and 6;
 types 2 to 4, which group neighbours, are not here). The README wants `sharing` for large r and
 `rope` for small. Where q is above 2 n, which the code cannot fill up, the inputs go round again.
+PEFT has no such form.
 
 Rotation leaves group 0 as it is; a group of inputs reaches its own group of outputs alone:
 
@@ -52,6 +53,7 @@ class MoRA(Form, name="mora"):
 
     rank_means = "r of the LoRA with as many parameters; the change has up to their square root"
     parameters = "(int(math.sqrt((m + n)*r) + 0.5)//2*2)**2"
+    parameters_in_words = "q*q, q = floor(sqrt((m + n)*r) + 1/2), made even for type `rope`"
     scaled = False
 
     def __post_init__(self) -> None:

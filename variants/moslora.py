@@ -5,8 +5,8 @@
 LoRA adds r subspaces, one for each pair of a row of A and a column of B; the trained mixer M joins
 each row with each column. A starts as in LoRA. Official code: wutaiqiang/MoSLoRA,
 commonsense_reasoning/peft/src/peft/tuners/lora.py (`lora_AB`), with the uniform M above; other
-starts, an orthogonal one among them, stand there as comments. A low-rank init gives A and B, and
-M = I then.
+starts, an orthogonal one among them, stand there as comments. A low-rank init gives A and B, and M
+= I then. PEFT has no such form.
 
 With M = I it is LoRA; another M moves the change, within the same row and column spaces:
 

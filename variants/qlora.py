@@ -7,7 +7,9 @@ the middle down, with an exact zero between, brought to [-1, 1]. Blocks have 64 
 quantization puts their scales into 8 bits. Official code: artidoro/qlora, qlora.py, on
 bitsandbytes' functional.py, with which codes, scales and weights here agree bit for bit. The
 paper's "8-bit floats" are the dynamic type, not E4M3. The base stays frozen in 4 bits; a product
-decodes one matrix and drops it again.
+decodes one matrix and drops it again. With PEFT the base is bitsandbytes' as well and the adapter
+fp32, as here, where the official script has it in bf16; PEFT's merge quantizes the sum again, here
+merging gives the decoded weights with the change in them.
 
 The table, from its definition (Appendix E): quantiles of the normal distribution, a zero, and one
 more value on the positive side; and what a number costs, 4.5 bits or 4.127:
@@ -57,6 +59,7 @@ class NF4(Base, name="nf4"):
     """4-bit NormalFloat, one fp32 scale a block."""
 
     block: int = 64
+    """numbers that share a scale"""
 
     lossy = True
 
@@ -69,6 +72,7 @@ class NF4Double(Base, name="nf4_dq"):
     """4-bit NormalFloat, the scales quantized again to 8 bits."""
 
     block: int = 64
+    """numbers that share a scale"""
 
     lossy = True
 

@@ -61,6 +61,7 @@ class RandLoRA(Form, name="randlora"):
 
     rank_means = "r, the rank of one basis; ceil(min(m, n) / r) of them make up the full rank"
     parameters = "-(-min(m, n)//r)*(r + min(m, n))"
+    parameters_in_words = "N*(r + k), k = min(m, n), N = k/r rounded up"
     constants = ("A", "B")
     shared = ("A", "B")
     redrawn = ("A", "B")

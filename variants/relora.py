@@ -9,7 +9,7 @@ leaves one in a thousand of the moments, at random, and so keeps Adam's count of
 count begins again with the moments. Its first A is zero by mistake, so that nothing learns before
 the first restart. Paper and code warm the rate up again after each restart, all of it; here the
 adapter's tensors warm up and a new head does not. Magnitudes (DoRA's m) stay: the base takes s B A,
-so W is what it was.
+so W is what it was. PEFT has no such restart.
 
 Times below 1 are fractions of the run, others are steps; the last step never restarts. The layer's
 weight does not move, the base takes all of it, and the original comes back when it is disabled:

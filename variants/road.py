@@ -57,6 +57,7 @@ class RoAd(Form, name="road"):
 
     rank_means = None
     parameters = "m"  # of RoAd_1; r is the size of the groups
+    parameters_in_words = "m in RoAd_1, 2*m in RoAd_2, 4*m in RoAd_4"
     scaled = False
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class RoAd(Form, name="road"):
             raise Incompatible(f"form road: variant={self.variant}; choices: 1, 2, 4")
         if self.group < 2 or self.group % 2:
             raise Incompatible(f"form road: group={self.group}; an even number, 2 or more")
+        if self.variant > 1:
+            object.__setattr__(self, "parameters", f"{self.variant}*m")
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
         for size in range(min(self.group, m), 1, -1):

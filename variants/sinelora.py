@@ -7,7 +7,7 @@ The sine acts on each entry of the product, so the change has a high rank; near 
 the scale s omega / sqrt(n). Official code: samy-ji/Sine-Low-Rank, llm/peft/src/peft/tuners/
 sinlora.py (its build folder; `freq` is omega, g = sqrt(n) is set at the end of `Linear.__init__`).
 omega has no default there; a larger one gives a higher rank and a rougher loss. Copies that take
-the sine of the activations B A x compute something else.
+the sine of the activations B A x compute something else. PEFT has no such form.
 
 A rank-1 product gives a change of higher rank, in which n, omega and s stand where they should:
 

@@ -63,6 +63,7 @@ class VBLoRA(Form, name="vblora"):
     """k, vectors that one stretch mixes"""
 
     parameters = "r*2048*(-(-m//256) + -(-n//256))"
+    parameters_in_words = "r*h*(m/b + n/b), both rounded up, h = 2048 and b = 256"
     shared_parameters = "2048*256"
     shared = ("bank",)
     scaled = False
@@ -74,6 +75,9 @@ class VBLoRA(Form, name="vblora"):
                 raise Incompatible(f"form vblora: {key}={getattr(self, key)}; 1 or more")
         if self.topk > self.vectors:
             raise Incompatible(f"form vblora: topk={self.topk}; at most vectors={self.vectors}")
+        h, b = self.vectors, self.length
+        object.__setattr__(self, "parameters", f"r*{h}*(-(-m//{b}) + -(-n//{b}))")
+        object.__setattr__(self, "shared_parameters", f"{h}*{b}")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         h, b = self.vectors, self.length

@@ -5,10 +5,11 @@ DVoRA is its direction under a magnitude of DoRA (Liu et al., ICML 2024, Table 5
 
 A and B are drawn by Kaiming's uniform rule from the seed and are not saved; each layer trains the
 vectors d [r] and b [m]. No alpha. The paper does not say what layers of different shapes share:
-here each shape has a pair; PEFT has one as large as the largest layer, of which each takes a
-corner (`share=largest`). The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times
-that of LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA
-W = c (W0 + diag(b) B diag(d) A) with row norms m, the norm a constant in backward as in DoRA.
+here each shape has a pair; PEFT has one as large as the largest layer, of which each takes a corner
+(`share=largest`). The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times that of
+LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA W = c (W0 + diag(b)
+B diag(d) A) with row norms m, the norm a constant in backward as in DoRA. No official repository
+was found.
 
 b scales rows and d scales what lies between; A and B have the variance 2 / fan-in:
 
