@@ -23,6 +23,7 @@ from ._registry import Incompatible
 from ._targets import Site, all_layers, resolve
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEADS = ("classifier", "score")
 ROOT, PREFIX = "base_model.", "base_model.model."
 # Settings of any method that say what is adapted, whence, and how it started: the tensors say the
 # first, and a trained adapter does not depend on the others.
@@ -50,7 +51,7 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
         "modules_to_save": list(adapter.saved_modules) or None,
         "peft_type": method.kind,
         "target_modules": _target_modules(adapter),
-        "task_type": _task_type(adapter.model),
+        "task_type": _task_type(adapter),
     }
     if Conv1DKind in method.kinds:
         config["fan_in_fan_out"] = any(
@@ -108,11 +109,14 @@ def _target_modules(adapter: Adapter) -> list[str] | str:
     return sorted(own)
 
 
-def _task_type(model: nn.Module) -> str | None:
-    name = type(model).__name__
+def _task_type(adapter: Adapter) -> str | None:
+    name = type(adapter.model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
+    if name.endswith("ForSequenceClassification"):  # there PEFT looks for the head in the file
+        heads = [path for path, _ in adapter.model.named_children() if path in HEADS]
+        return "SEQ_CLS" if set(heads) <= set(adapter.saved_modules) else None
+    return None
 
 
 def load_peft(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapter:
@@ -199,9 +203,8 @@ def _sorted(
     if not layers:
         raise Incompatible(f"{path}: the PEFT adapter has no layer that is read here")
     found = all_layers(model)
+    resolve(model, list(layers))  # refuses what the model lacks or ties to another place
     for name in layers:
-        if name not in found:
-            resolve(model, [name])  # names what the model has instead
         if kind_of(found[name]) not in method.kinds or not method.takes(found[name]):
             raise Incompatible(f"{path}: {method.kind} on {name}, {found[name]}, is not read")
     return File(str(path), config, layers, shared, found)

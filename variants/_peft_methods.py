@@ -87,8 +87,9 @@ class Method:
     kinds: ClassVar[tuple[type[Kind], ...]] = (Kind,)
 
     def save(self, adapter: Adapter) -> Written:
+        config = self.config(adapter)
         layers = {name: self.write(layer) for name, layer in adapter.layers.items()}
-        return Written(self.config(adapter), layers, {})
+        return Written(config, layers, {})
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """PEFT's settings of this adapter."""
@@ -323,7 +324,10 @@ def factors(layer: Adapted) -> tuple[Tensor, Tensor, float]:
 
 
 class AdaLoRA(Method):
-    """All triplets, the pruned ones with E = 0. PEFT divides alpha by (init_r + 1e-5)."""
+    """All triplets, the pruned ones with E = 0. PEFT divides alpha by (init_r + 1e-5).
+
+    It has one initial rank and one alpha: other triplets are written as LoRA.
+    """
 
     kind = "ADALORA"
     preset = "adalora"
@@ -336,8 +340,8 @@ class AdaLoRA(Method):
     kinds = (Kind, Conv1DKind)
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        rank = self.one("initial rank", [layer.rank for layer in adapter.layers.values()])
-        s = self.one("alpha", [layer.full_s for layer in adapter.layers.values()])
+        layer = next(iter(adapter.layers.values()))
+        rank, s = layer.rank, layer.full_s
         return {
             "r": rank, "init_r": rank, "target_r": rank, "lora_alpha": s * (rank + 1e-5),
             "rank_pattern": None, "total_step": max(1, adapter.step), "bias": "none",
@@ -617,8 +621,8 @@ class RandLoRA(Method):
     preset = "randlora"
     also = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
     shared = ("randlora_A", "randlora_B")
-    reads = ("r", "randlora_alpha", "save_projection", "projection_prng_key")
-    ignores = ("sparse", "very_sparse")  # of the draw
+    reads = ("r", "randlora_alpha", "save_projection")
+    ignores = ("projection_prng_key", "sparse", "very_sparse")  # of the draw
     dropout = "randlora_dropout"
     kinds = (Kind, Conv1DKind)
 
@@ -653,7 +657,7 @@ class RandLoRA(Method):
         return Written(config, layers, shared)
 
     def load(self, file: File) -> Read:
-        if not file.get("save_projection", True):
+        if not file.get("save_projection", True):  # drawn in bf16 or fp16, as the machine has it
             raise file.refuse("save_projection")
         whole = {key: file.shared.pop(key) for key in self.shared}
         for name, found in file.layers.items():  # PEFT writes them with each layer again
@@ -980,10 +984,11 @@ METHODS: tuple[Method, ...] = (
 def method_of(adapter: Adapter) -> Method:
     """The method that says the adapter's form: its own, else LoRA where it has two factors."""
     form, layers = adapter.choice.form, adapter.layers.values()
-    moved = any(layer.subtracted is not None for layer in layers)
-    own = {"triplet": "adalora"}.get(form.name, form.name)
+    own = form.name
+    if own == "triplet" and not any(layer.subtracted is not None for layer in layers):
+        own = "adalora" if len({(layer.rank, layer.full_s) for layer in layers}) == 1 else own
     for method in METHODS[1:]:
-        if method.preset == own and not (moved and form.low_rank):
+        if method.preset == own:
             return method
     if form.name == "dora" or all(form.factors(la.params) is not None for la in layers):  # type: ignore[arg-type]
         return METHODS[0]
