@@ -4,7 +4,9 @@ the largest. `pytest -s` prints the error of each.
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,29 @@ transformers = pytest.importorskip("transformers")
 
 LAYERS = ["q_proj", "v_proj", "up_proj", "down_proj"]  # 32 x 32, 16 x 32, 48 x 32, 32 x 48
 SQUARE = ["q_proj", "up_proj", "down_proj"]  # the smaller side is 32
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 FUSED = ["c_attn", "c_fc", "mlp.c_proj"]
 LIMIT = 1e-5
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-    return louder(model)
+    return deepcopy(one_llama())
 
 
 def gpt2() -> Any:
-    """`Conv1D` in place of `nn.Linear`."""
+    """`Conv1D` in place of `nn.Linear`, in two layers."""
+    return deepcopy(one_gpt2())
+
+
+@cache
+def one_llama() -> Any:
+    torch.manual_seed(0)
+    return louder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval())
+
+
+@cache
+def one_gpt2() -> Any:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     return louder(transformers.GPT2LMHeadModel(config).eval())
@@ -117,7 +128,9 @@ OURS = {
     ),
     "rslora": Ours("rslora", {"rank": 4}),
     "dora": Ours("dora", {"rank": 4}),
+    "dora, Conv1D": Ours("dora", {"rank": 4}, FUSED, gpt2),
     "adalora": Ours("adalora", {"rank": 4}),
+    "adalora, Conv1D": Ours("adalora", {"rank": 4}, FUSED, gpt2),
     "adalora, ranks": Ours("adalora", {"rank": 4, "rank_pattern": {"v": 2}}),
     "pissa": Ours("pissa", {"rank": 4}),
     "milora": Ours("milora", {"rank": 4}),
@@ -204,7 +217,7 @@ def butterflies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(case: Ours) -> variants.Adapter:
     """The variant away from its start."""
-    settings = dict(case.settings)
+    settings: dict[str, Any] = dict(case.settings)
     if "calibration" in settings:
         settings["calibration"] = [{"input_ids": ids(), "labels": ids()}]
     adapter = variants.attach(case.model(), case.preset, targets=case.targets, **settings)
@@ -247,7 +260,7 @@ def their(name: str, targets: list[str] = LAYERS, **settings: Any) -> Callable[[
 THEIRS = {
     "lora": Theirs(their("LoraConfig", r=4, lora_alpha=3)),
     "lora, patterns": Theirs(
-        their("LoraConfig", r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"1.mlp.up_proj": 3})
+        their("LoraConfig", r=4, rank_pattern={"v_proj": 2}, alpha_pattern={"0.mlp.up_proj": 3})
     ),
     "lora, Conv1D": Theirs(their("LoraConfig", FUSED, r=4, fan_in_fan_out=True), gpt2),
     "lora, embedding and convolutions": Theirs(
@@ -259,6 +272,12 @@ THEIRS = {
         their("LoraConfig", ["tokens", "conv", "narrow", "out"], r=4, use_dora=True), Picture
     ),
     "rslora": Theirs(their("LoraConfig", r=4, use_rslora=True)),
+    "dora, Conv1D": Theirs(
+        their("LoraConfig", FUSED, r=4, use_dora=True, fan_in_fan_out=True), gpt2
+    ),
+    "pissa, Conv1D": Theirs(
+        their("LoraConfig", FUSED, r=4, init_lora_weights="pissa", fan_in_fan_out=True), gpt2
+    ),
     "pissa": Theirs(their("LoraConfig", r=4, init_lora_weights="pissa")),
     "olora": Theirs(their("LoraConfig", r=4, init_lora_weights="olora")),
     "mica": Theirs(their("LoraConfig", r=4, init_lora_weights="mica")),
@@ -442,6 +461,7 @@ def edited(path: Path, **settings: Any) -> Path:
         (their("RandLoraConfig", r=6, save_projection=False), {}, "save_projection=False"),
         (their("VeraConfig", r=8), {"bias": "vera_only"}, "bias=vera_only"),
         (their("HiraConfig", r=4), {"new_rule": "other"}, "new_rule=other has no equal here"),
+        (their("LNTuningConfig", ["q_proj"]), {}, "LN_TUNING on model.layers.0.self_attn.q_proj"),
         (their("LoraConfig", r=4), {"init_lora_weights": "corda"}, "corda moved the base"),
         (their("LoraConfig", r=4), {"init_lora_weights": "other"}, "init_lora_weights=other"),
         (their("LoraConfig", r=4), {"peft_type": "POLY"}, "peft_type POLY is not read"),
@@ -482,6 +502,47 @@ def test_bases_from_a_file_are_kept(tmp_path: Path) -> None:
     assert {"shared.r8.A", "shared.r8.B"} <= set(again.tensors())
     own = variants.attach(llama(), "vera", rank=8, targets=LAYERS)
     assert not any(key.startswith("shared.") for key in own.tensors())
+
+
+@pytest.mark.parametrize("preset", ["vera", "road", "ln_tuning"])
+def test_modules_trained_in_full_travel_with_any_method(preset: str, tmp_path: Path) -> None:
+    settings: Any = {"rank": 8} if preset == "vera" else {}
+    targets = ["before"] if preset == "ln_tuning" else ["middle"]
+    if preset == "road":
+        settings["form"] = {"name": "road", "group": 4}
+
+    class Headed(Picture):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = nn.Linear(12, 12)
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.middle(super().forward(x)))
+
+    def headed() -> nn.Module:
+        return Headed()
+
+    adapter = variants.attach(
+        headed(), preset, targets=targets, modules_to_save=["head"], **settings
+    )
+    disturb(adapter.parameters())
+    wanted = logits(adapter.model)
+    adapter.save_peft(tmp_path / "ours")
+    their = peft.PeftModel.from_pretrained(headed(), tmp_path / "ours")
+    assert error(logits(their), wanted) < LIMIT
+    their.save_pretrained(tmp_path / "theirs")
+    again = variants.load_peft(headed(), tmp_path / "theirs")
+    assert list(again.saved_modules) == ["head"]
+    assert error(logits(again.model), wanted) < LIMIT
+
+
+def test_patterns_of_ends_are_refused_where_they_would_reach_too_far(tmp_path: Path) -> None:
+    """FourierFT and C3A look for the end of a path: `fc` is that of `blk.fc` too."""
+    net = nn.ModuleDict({"blk": nn.ModuleDict({"fc": nn.Linear(8, 8)}), "fc": nn.Linear(8, 4)})
+    adapter = variants.attach(net, "c3a", targets=["fc"])  # blocks of 8 and of 4
+    with pytest.raises(variants.Incompatible, match=r"takes the block_size of fc for that of blk"):
+        adapter.save_peft(tmp_path)
 
 
 def test_micas_b_stays_frozen(tmp_path: Path) -> None:

@@ -482,7 +482,11 @@ class Adapter:
         return save(self, Path(path))
 
     def save_peft(self, path: str | Path) -> Path:
-        """Writes Hugging Face PEFT's format into the folder `path`."""
+        """Writes Hugging Face PEFT's format into the folder `path`.
+
+        The form's own method where PEFT has it (`_peft.py` lists them), LoRA for every other form
+        of two factors, with twice the rank where the init moved the base.
+        """
         from ._peft import save_peft
 
         self._refuse_ended()

@@ -1,8 +1,10 @@
 """Hugging Face PEFT's format, in and out, for the methods that both have.
 
-Keys: `base_model.model.` + path + `.lora_A.weight` and so on. Of each method `_peft_methods.py`
-says which of its tensors and settings are which of ours. What PEFT cannot say is refused, and so is
-a tensor or a setting of a file that is not read here and may change what it computes.
+Keys: `base_model.model.` + path + `.lora_A.weight` and so on. Of LoRA and AdaLoRA `_peft_lora.py`,
+of HiRA, LoHa, LoKr, MiSS, BAT, DeLoRA, GraLoRA, VeRA, RandLoRA, VB-LoRA, FourierFT, C3A, SHiRA,
+OFT, BOFT, HRA, (IA)^3, LN tuning and RoAd `_peft_methods.py` says which tensors and settings are
+which of ours. What PEFT cannot say is refused, and so is a tensor or a setting of a file that is
+not read here and may change what it computes.
 """
 
 import json
@@ -18,7 +20,8 @@ from torch import nn
 from ._adapter import Adapter, build, planned_item
 from ._io import read_settings, read_tensors, write_atomically, write_tensors
 from ._kinds import Conv1DKind, kind_of, matrix_of
-from ._peft_methods import METHODS, File, Method, Named, Read, method_of
+from ._peft_method import File, Method, Named, Read
+from ._peft_methods import METHODS, method_of
 from ._registry import Incompatible
 from ._targets import Site, all_layers, resolve
 
@@ -34,6 +37,7 @@ IGNORED = (
 )  # fmt: skip
 
 
+@torch.no_grad()
 def save_peft(adapter: Adapter, path: Path) -> Path:
     """Writes the adapter as PEFT would."""
     method = method_of(adapter)
@@ -120,7 +124,7 @@ def _task_type(adapter: Adapter) -> str | None:
 
 
 def load_peft(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapter:
-    """Puts an adapter in PEFT's format into `model`.
+    """Puts an adapter in PEFT's format, of any method named above, into `model`.
 
     Raises:
         Incompatible: a method or a setting that has no equal here, a missing or truncated file.

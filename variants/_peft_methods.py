@@ -1,373 +1,34 @@
-"""PEFT's methods, one by one: its names and settings for our tensors and parts.
-
-What is out of reach of a method (two ranks where it has one, a block size that does not divide a
-layer) is refused; what it says in another way (a sign, a scale, a transposed factor, a random base)
-is converted exactly. `_peft.py` keeps the rest: keys, targets, modules trained in full.
-"""
+"""PEFT's methods, one by one: its names and settings for our tensors and parts."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._adapter import Adapter, Choice, choose
-from ._kinds import Conv1DKind, Conv2dKind, EmbeddingKind, Kind, NormKind, kind_of, matrix_of
+from ._kinds import Conv1DKind, Conv2dKind, Kind, NormKind
 from ._layer import Adapted
+from ._peft_lora import AdaLoRA, LoRA
+from ._peft_method import (
+    File,
+    Method,
+    Named,
+    Read,
+    Written,
+    dotted,
+    first_scale,
+    patterned,
+    ranks_of,
+)
 from ._registry import Incompatible
-from ._svd import exact
-
-Named = dict[str, Tensor]
-
-
-@dataclass
-class File:
-    """What lies in a folder of PEFT's format. What a method reads it takes out."""
-
-    path: str
-    config: Mapping[str, Any]
-    layers: dict[str, Named]  # by layer, then by PEFT's name
-    shared: Named  # of the whole model
-    modules: Mapping[str, Any]  # the model's own, by layer
-
-    def get(self, key: str, default: Any) -> Any:
-        """A setting; an absent one has PEFT's default."""
-        value = self.config.get(key)
-        return default if value is None else value
-
-    def pattern(self, patterns: str, name: str, default: Any) -> Any:
-        """PEFT's rule: keys are regular expressions on the end of the path, the first one wins."""
-        for key, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        return default
-
-    def shape(self, name: str) -> tuple[int, int]:
-        m, n = matrix_of(self.modules[name]).shape
-        return m, n
-
-    def refuse(self, *keys: str) -> Incompatible:
-        """The error for settings that have no equal here."""
-        given = ", ".join(f"{key}={self.config.get(key)}" for key in keys)
-        return Incompatible(f"{self.path}: {given} has no equal here")
-
-
-@dataclass
-class Read:
-    """The adapter that a file means."""
-
-    choice: Choice
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    tensors: Named  # as `Adapter.tensors` names them
-
-
-@dataclass
-class Written:
-    """What PEFT would write of an adapter."""
-
-    config: dict[str, Any]
-    layers: dict[str, Named]
-    shared: Named
-
-
-class Method:
-    """One method of PEFT. The defaults fit one with the same tensors and a rank for each layer."""
-
-    kind: ClassVar[str]  # PEFT's name
-    preset: ClassVar[str]
-    names: ClassVar[Mapping[str, str]] = {}  # PEFT's tensors of a layer, and ours
-    also: ClassVar[tuple[str, ...]] = ()  # those of a layer that have no one name here
-    shared: ClassVar[tuple[str, ...]] = ()  # its tensors of the whole model
-    reads: ClassVar[tuple[str, ...]] = ("r",)  # the settings that matter here
-    ignores: ClassVar[tuple[str, ...]] = ()  # those that a trained adapter does not depend on
-    dropout: ClassVar[str | None] = None  # its name for ours
-    kinds: ClassVar[tuple[type[Kind], ...]] = (Kind,)
-
-    def save(self, adapter: Adapter) -> Written:
-        config = self.config(adapter)
-        layers = {name: self.write(layer) for name, layer in adapter.layers.items()}
-        return Written(config, layers, {})
-
-    def config(self, adapter: Adapter) -> dict[str, Any]:
-        """PEFT's settings of this adapter."""
-        return {"r": self.one("r", [layer.rank for layer in adapter.layers.values()])}
-
-    def write(self, layer: Adapted) -> Named:
-        """One layer's tensors by PEFT's names."""
-        p = layer.params
-        return {theirs: p[own] for theirs, own in self.names.items() if own in p}
-
-    def load(self, file: File) -> Read:
-        ranks, tensors = {}, {}
-        for name, found in file.layers.items():
-            ranks[name], p = self.read(file, name, found)
-            tensors |= {f"{name}.{k}": t for k, t in p.items()}
-        choice = self.choose(file, ranks, tensors)
-        scales = {name: self.scale(file, name, choice, r) for name, r in ranks.items()}
-        return Read(choice, ranks, scales, tensors)
-
-    def choose(self, file: File, ranks: Mapping[str, int], p: Named) -> Choice:
-        """The parts that the settings mean, and the tensors read (p, by `layer.tensor`)."""
-        return choose(self.preset, rank=file.config["r"])
-
-    def read(self, file: File, name: str, found: Named) -> tuple[int, Named]:
-        """The rank of one layer and its p."""
-        p = {own: found.pop(theirs) for theirs, own in self.names.items() if theirs in found}
-        return file.pattern("rank_pattern", name, file.config.get("r")), p
-
-    def scale(self, file: File, name: str, choice: Choice, r: int) -> float:
-        """s of one layer."""
-        return choice.s(r)
-
-    def one(self, what: str, values: Iterable[Any]) -> Any:
-        """The value that all layers have."""
-        found = sorted(set(values))
-        if len(found) > 1:
-            few = ", ".join(map(str, found[:4]))
-            raise Incompatible(
-                f"PEFT's {self.kind} has one {what} for all layers, here are {few}; "
-                f"export it merged instead"
-            )
-        return found[0]
-
-    def takes(self, shell: Any) -> bool:
-        """Whether PEFT has the method on this very layer, one of `kinds`."""
-        return True
-
-    def drops(self, file: File) -> float:
-        """The dropout of a file."""
-        return file.get(self.dropout, 0.0) if self.dropout else 0.0
-
-    def refuse(self, adapter: Adapter, reason: str) -> Incompatible:
-        """The error for an adapter that the method cannot say."""
-        form = adapter.choice.form.name
-        return Incompatible(f"form {form}: PEFT's {self.kind} {reason}; export it merged instead")
-
-
-def patterned(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The first layer's value as PEFT's `key`, and others by whole paths (it takes ends of paths).
-
-    >>> patterned("alpha", {"a": 1, "b.c": 2})
-    {'alpha': 1, 'alpha_pattern': {'^b\\\\.c': 2}}
-    """
-    first = next(iter(values.values()))
-    other = {f"^{re.escape(name)}": value for name, value in values.items() if value != first}
-    name = "rank" if key == "r" else key.removeprefix("lora_")
-    return {key: first, f"{name}_pattern": other}
-
-
-def dotted(method: Method, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for the two methods that compare a path with `.*\\.KEY$`, or take it as it is."""
-    first = next(iter(values.values()))
-    other = {name: value for name, value in values.items() if value != first}
-    for name in other:
-        longer = [path for path in values if re.match(rf".*\.{name}$", path)]
-        if longer:
-            raise Incompatible(
-                f"PEFT's {method.kind} takes the {key} of {name} for that of {longer[0]} too; "
-                f"export it merged instead"
-            )
-    return {key: first, f"{key}_pattern": other}
-
-
-def ranks_of(adapter: Adapter) -> dict[str, int]:
-    return {name: layer.rank for name, layer in adapter.layers.items()}
-
-
-def first_scale(adapter: Adapter) -> float:
-    return next(iter(adapter.layers.values())).full_s
-
-
-# ------------------------------------------------------------------------------------ LoRA
-
-
-class LoRA(Method):
-    """Every form with two factors, by alpha = s r of each layer; DoRA's magnitude; KaSA read.
-
-    An init that moved the base doubles the rank: A = [A; A0], B = [B, -B0] on the untouched base.
-    """
-
-    kind = "LORA"
-    preset = "lora"
-    names: ClassVar = {
-        "lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A",
-        "lora_embedding_B": "B", "lora_magnitude_vector": "m", "lora_diag": "d",
-    }  # fmt: skip
-    reads = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora",
-             "kasa_config", "init_lora_weights")  # fmt: skip
-    ignores = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core",
-               "qalora_group_size", "runtime_config")  # fmt: skip
-    dropout = "lora_dropout"
-    kinds = (Kind, Conv1DKind, EmbeddingKind, Conv2dKind)
-
-    def save(self, adapter: Adapter) -> Written:
-        layers, ranks, alphas = {}, {}, {}
-        dora = adapter.choice.form.name == "dora"
-        for name, layer in adapter.layers.items():
-            A, B, s = factors(layer)
-            m = layer.params["m"] if dora else None
-            if isinstance(layer.kind, EmbeddingKind):
-                layers[name] = {"lora_embedding_A": A, "lora_embedding_B": B}
-            elif isinstance(layer.kind, Conv2dKind):
-                _, *kernel = layer.kind.shell.weight.shape
-                layers[name] = {
-                    "lora_A.weight": A.view(-1, *kernel), "lora_B.weight": B[..., None, None]
-                }  # fmt: skip
-                m = None if m is None else m.view(1, -1, 1, 1)
-            else:
-                layers[name] = {"lora_A.weight": A, "lora_B.weight": B}
-            if m is not None:
-                layers[name]["lora_magnitude_vector"] = m
-            ranks[name], alphas[name] = A.shape[0], s * A.shape[0]
-        config = {
-            **patterned("r", ranks), **patterned("lora_alpha", alphas), "bias": "none",
-            "init_lora_weights": True, "use_dora": dora, "use_rslora": False,
-        }  # fmt: skip
-        return Written(config, layers, {})
-
-    def takes(self, shell: Any) -> bool:
-        if isinstance(shell, nn.Embedding):
-            return type(shell) is nn.Embedding and shell.max_norm is None
-        if isinstance(shell, nn.Conv2d):  # what PEFT hands on to its own convolution
-            plain = shell.groups == 1 and shell.padding_mode == "zeros"
-            return plain and shell.dilation == (1, 1)
-        return True
-
-    def choose(self, file: File, ranks: Mapping[str, int], p: Named) -> Choice:
-        init, kasa = initial(file), file.config.get("kasa_config")
-        parts: dict[str, Any] = {"scale": "rslora" if file.get("use_rslora", False) else "standard"}
-        if kasa:
-            if file.get("use_dora", False):
-                raise file.refuse("use_dora", "kasa_config")
-            kasa = {"name": "kasa", "rule": "peft"} | kasa
-            return choose("kasa", file.config["r"], file.config["lora_alpha"], allocation=kasa,
-                          **parts)  # fmt: skip
-        preset = "dora" if file.get("use_dora", False) else "lora"
-        if init == "mica":  # its B does not train
-            parts["init"] = "mica"
-        return choose(preset, file.config["r"], file.config["lora_alpha"], **parts)
-
-    def read(self, file: File, name: str, found: Named) -> tuple[int, Named]:
-        p = {own: found.pop(theirs) for theirs, own in self.names.items() if theirs in found}
-        needed = {"A", "B"} | ({"m"} if file.get("use_dora", False) else set())
-        needed |= {"d"} if file.config.get("kasa_config") else set()
-        if set(p) != needed:
-            raise Incompatible(f"{file.path}: layer {name} has the tensors {sorted(p)}, not "
-                               f"{sorted(needed)}")  # fmt: skip
-        p["A"], p["B"] = p["A"].flatten(1), p["B"].flatten(1)
-        if "m" in p:
-            p["m"] = p["m"].flatten()
-        return len(p["A"]), p
-
-    def scale(self, file: File, name: str, choice: Choice, r: int) -> float:
-        alpha = file.pattern("alpha_pattern", name, file.config["lora_alpha"])
-        return choice.scale.value(alpha, r)
-
-    def load(self, file: File) -> Read:
-        read = super().load(file)
-        for name, r in read.ranks.items():
-            if kind_of(file.modules[name]) in (Kind, Conv1DKind):
-                moved = taken(file, name, r, read.scales[name])
-                if moved is not None:
-                    read.tensors[f"{name}.subtracted.A"] = moved[0]
-                    read.tensors[f"{name}.subtracted.B"] = moved[1]
-        return read
-
-
-def initial(file: File) -> str:
-    """The init of a LoRA file; one that moved the base past repeating is refused."""
-    init = str(file.get("init_lora_weights", True)).lower()
-    if init.startswith(("pissa_niter_", "corda", "lora_ga", "loftq")):
-        raise Incompatible(
-            f"{file.path}: init_lora_weights={init} moved the base in a way that its files do not "
-            f"say; save it with path_initial_model_for_weight_conversion"
-        )
-    if init not in ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "pissa",
-                    "olora"):  # fmt: skip
-        raise file.refuse("init_lora_weights")
-    return init
-
-
-def taken(file: File, name: str, r: int, s: float) -> tuple[Tensor, Tensor] | None:
-    """(A0, B0) that PEFT takes out of the base anew at each loading: its files leave them out."""
-    W, init = matrix_of(file.modules[name]).detach().float(), initial(file)
-    if file.config.get("kasa_config"):
-        if init not in ("true", "false", "none", "gaussian", "eva"):
-            raise file.refuse("init_lora_weights", "kasa_config")
-        U, S, Vh = exact(W, min(W.shape))
-        return Vh[-r:], U[:, -r:] * S[-r:]
-    if init == "pissa":
-        U, S, Vh = exact(W, r)
-        root = (S / s).sqrt()
-        return root[:, None] * Vh, s * U * root
-    if init == "olora":
-        if kind_of(file.modules[name]) is Conv1DKind:
-            raise file.refuse("init_lora_weights")
-        Q, R = torch.linalg.qr(W)
-        return R[:r], s * Q[:, :r]
-    return None
-
-
-def factors(layer: Adapted) -> tuple[Tensor, Tensor, float]:
-    """(A, B, s) of W = W_original + s B A, whatever low-rank form and init the layer has."""
-    p: Any = layer.params
-    found = (p["A"], p["B"]) if layer.form.name == "dora" else layer.form.factors(p)
-    assert found is not None
-    A, B = found
-    if layer.subtracted is not None:
-        A0, B0 = layer.subtracted
-        A, B = torch.cat([A, A0]), torch.cat([B, -B0 / layer.full_s], dim=1)
-    return A.detach(), B.detach(), layer.full_s
-
-
-class AdaLoRA(Method):
-    """All triplets, the pruned ones with E = 0. PEFT divides alpha by (init_r + 1e-5).
-
-    It has one initial rank and one alpha: other triplets are written as LoRA.
-    """
-
-    kind = "ADALORA"
-    preset = "adalora"
-    names: ClassVar = {"lora_A": "Q", "lora_B": "P", "lora_E": "E"}
-    reads = ("init_r", "lora_alpha")
-    ignores = (*LoRA.ignores, "r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",
-               "orth_reg_weight", "total_step", "rank_pattern", "use_rslora",
-               "init_lora_weights")  # fmt: skip
-    dropout = "lora_dropout"
-    kinds = (Kind, Conv1DKind)
-
-    def config(self, adapter: Adapter) -> dict[str, Any]:
-        layer = next(iter(adapter.layers.values()))
-        rank, s = layer.rank, layer.full_s
-        return {
-            "r": rank, "init_r": rank, "target_r": rank, "lora_alpha": s * (rank + 1e-5),
-            "rank_pattern": None, "total_step": max(1, adapter.step), "bias": "none",
-            "init_lora_weights": True,
-        }  # fmt: skip
-
-    def write(self, layer: Adapted) -> Named:
-        return super().write(layer) | {"lora_E": layer.params["E"][:, None]}
-
-    def choose(self, file: File, ranks: Mapping[str, int], p: Named) -> Choice:
-        rank, alpha = file.get("init_r", 12), file.get("lora_alpha", 8)
-        return choose("adalora", rank=rank, alpha=alpha if alpha > 0 else rank)
-
-    def read(self, file: File, name: str, found: Named) -> tuple[int, Named]:
-        _, p = super().read(file, name, found)
-        return len(p["Q"]), p | {"E": p["E"].view(-1)}
-
-    def scale(self, file: File, name: str, choice: Choice, r: int) -> float:
-        return choice.s(file.get("init_r", 12))
-
 
 # ------------------------------------------------------------------------- products and blocks
 
 
 class HiRA(Method):
-    """PEFT 0.21 has a rank_pattern and builds r everywhere."""
+    """PEFT 0.21 has the setting rank_pattern, and builds r everywhere."""
 
     kind = "HIRA"
     preset = "hira"
@@ -413,8 +74,10 @@ class LoKr(LoHa):
 
     kind = "LOKR"
     preset = "lokr"
-    names: ClassVar = {"lokr_w1": "W1", "lokr_w1_a": "B1", "lokr_w1_b": "A1",
-             "lokr_w2": "W2", "lokr_w2_a": "B2", "lokr_w2_b": "A2"}  # fmt: skip
+    names: ClassVar = {
+        "lokr_w1": "W1", "lokr_w1_a": "B1", "lokr_w1_b": "A1",
+        "lokr_w2": "W2", "lokr_w2_a": "B2", "lokr_w2_b": "A2",
+    }  # fmt: skip
     reads = (*LoHa.reads, "decompose_both", "decompose_factor")
     ignores = ("rank_dropout_scale",)
     kinds = (Kind,)
@@ -486,8 +149,9 @@ class DeLoRA(Method):
 
     kind = "DELORA"
     preset = "delora"
-    names: ClassVar = {"delora_A": "A", "delora_B": "B", "delora_lambda": "boundary",
-             "delora_w_norm": "norms"}  # fmt: skip
+    names: ClassVar = {
+        "delora_A": "A", "delora_B": "B", "delora_lambda": "boundary", "delora_w_norm": "norms"
+    }  # fmt: skip
     reads = ("r", "rank_pattern", "delora_lambda")
     ignores = ("lambda_pattern",)  # of the start
     dropout = "module_dropout"
