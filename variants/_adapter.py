@@ -289,6 +289,7 @@ class Adapter:
     notes: list[str]
     step: int = 0
     allocation_state: dict[str, Any] | None = None
+    given: frozenset[str] = frozenset()  # shared tensors that a file gave, whatever the seed draws
     merge_error: float = 0.0  # largest relative Frobenius error over the matrices, after merge()
     _penalty_asked: bool = False
     _warned: set[str] = field(default_factory=set)
@@ -400,8 +401,9 @@ class Adapter:
             for k, t in zip("AB", layer.subtracted or (), strict=False):
                 found[f"{name}.subtracted.{k}"] = t
         for key, tensors in self.shared.items():
-            redrawn = self.choice.form.redrawn
-            found |= {f"shared.{key}.{k}": t for k, t in tensors.items() if k not in redrawn}
+            own = {f"shared.{key}.{k}": t for k, t in tensors.items()}
+            redrawn = {f"shared.{key}.{k}" for k in self.choice.form.redrawn} - self.given
+            found |= {k: t for k, t in own.items() if k not in redrawn}
         for name, module in self.saved_modules.items():
             found |= {f"modules.{name}.{k}": t for k, t in module.copy.state_dict().items()}
         return {k: t.detach() for k, t in found.items()}
@@ -494,7 +496,11 @@ class Adapter:
         return save(self, Path(path))
 
     def save_peft(self, path: str | Path) -> Path:
-        """Writes Hugging Face PEFT's format into the folder `path`."""
+        """Writes Hugging Face PEFT's format into the folder `path`.
+
+        The form's own method where PEFT has it (`_peft.py` lists them), LoRA for every other form
+        of two factors, with twice the rank where the init moved the base.
+        """
         from ._peft import save_peft
 
         self._refuse_ended()
@@ -630,7 +636,7 @@ def build(
     sites = {item.site.name: item.site for item in planned}
     return Adapter(
         model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
-        list(notes),
+        list(notes), given=frozenset(k for k in tensors or () if k.startswith("shared.")),
     )  # fmt: skip
 
 
@@ -674,8 +680,8 @@ def _shared(
         generator = torch.Generator().manual_seed(_seed_of(seed, f"shared {key}"))
         p = dict(choice.form.start_shared(m, n, r, generator, like))
         for k in p:
-            if tensors is not None and k not in choice.form.redrawn:
-                saved = tensors.get(f"shared.{key}.{k}")
+            saved = None if tensors is None else tensors.get(f"shared.{key}.{k}")
+            if tensors is not None and (saved is not None or k not in choice.form.redrawn):
                 if saved is None or saved.shape != p[k].shape:
                     raise Incompatible(f"the saved adapter has no fitting tensor shared.{key}.{k}")
                 p[k] = saved.to(p[k], copy=True)
