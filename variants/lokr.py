@@ -88,10 +88,7 @@ class LoKr(Form, name="lokr"):
         "(*(lambda d: (d(d, m, math.isqrt(m)), d(d, n, math.isqrt(n))))"
         "(lambda d, x, k: k if x % k == 0 else d(d, x, k - 1)))"
     )
-    parameters_in_words = (
-        "a*b + r*(m/a + n/b), or a*b + m*n/(a*b) where r is half of max(m/a, n/b) or more; "
-        "a, b: the smaller parts of m and n"
-    )
+    parameters_in_words = "a*b + r*(m/a + n/b), W2 not full; a, b: the smaller parts of m and n"
     rank_is_bounded = False
 
     def __post_init__(self) -> None:
