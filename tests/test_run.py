@@ -328,7 +328,7 @@ def _kill_after(step: int, words: list[str], out: Path) -> None:
     """Starts the run and kills it with SIGKILL once that step is logged."""
     process = subprocess.Popen(command(*words, out=out), stdout=subprocess.DEVNULL, cwd=out.parent)
     while process.poll() is None:
-        rows = [p.read_text().count('"grad_norm"') for p in out.rglob("metrics.jsonl")]
+        rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
         if rows and rows[0] >= step:
             break
         time.sleep(0.02)
@@ -342,7 +342,7 @@ def _stopped_after(step: int, words: list[str], out: Path, signum: int) -> tuple
         command(*words, out=out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     while process.poll() is None:
-        rows = [p.read_text().count('"grad_norm"') for p in out.rglob("metrics.jsonl")]
+        rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
         if rows and rows[0] >= step:
             process.send_signal(signum)
             break

@@ -122,7 +122,7 @@ def test_relora_refuses_a_frozen_b_that_it_would_leave_at_zero() -> None:
 def test_increlora_refuses_a_target_below_its_beginning() -> None:
     rule = {"name": "increlora", "initial": 3, "target_rank": 2.0}
     adapter = variants.attach(Toy(), "increlora", rank=4, targets=TARGETS, allocation=rule)
-    with pytest.raises(variants.Incompatible, match=r"target_rank=2\.0 .* begin with 6"):
+    with pytest.raises(variants.Incompatible, match=r"target_rank=2\.0: 4 triplets, of 6 at first"):
         adapter.optimizer(1e-2, steps=20)
 
 
@@ -268,3 +268,10 @@ def test_an_encoder_s_padding_is_no_decoder_s() -> None:
         torch.testing.assert_close(sums[paths[1]], seen["decoder"][real].mean(0))
         memory = model.encoder(input_ids=ids, attention_mask=mask)[0]
         torch.testing.assert_close(sums[paths[2]], memory[mask.bool()].mean(0))
+
+
+def test_loading_into_an_adapted_model_says_so(tmp_path: Path) -> None:
+    model = Toy()
+    variants.attach(model, "lora", rank=4, targets=TARGETS).save(tmp_path)
+    with pytest.raises(variants.Incompatible, match="has an adapter already"):
+        variants.load(model, tmp_path)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._adapter import Adapter, build, choose, planned_item
 from ._kinds import matrix_of
+from ._layer import refuse_adapted
 from ._registry import Incompatible
 from ._targets import Site, all_layers, resolve
 
@@ -106,6 +107,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
     Raises:
         Incompatible: a file that is missing or truncated, or layers that the model lacks.
     """
+    refuse_adapted(model)
     path = Path(path)
     settings = read_settings(path / SETTINGS)
     if settings.get("format") != FORMAT:

@@ -144,12 +144,9 @@ class Growth(Allocation, name="increlora"):
         used = {n: in_use(la) or min(self.initial, la.rank) for n, la in layers.items()}
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
-        if target > room:
-            raise Incompatible(f"allocation increlora: target_rank={self.target_rank} asks for "
-                               f"{target} triplets, the rank has room for {room}")  # fmt: skip
-        if self.target_rank and target < start:
-            raise Incompatible(f"allocation increlora: target_rank={self.target_rank} asks for "
-                               f"{target} triplets, the layers begin with {start}")  # fmt: skip
+        if target > room or (self.target_rank > 0 and target < start):
+            raise Incompatible(f"allocation increlora: target_rank={self.target_rank}: {target} "
+                               f"triplets, of {start} at first and room for {room}")  # fmt: skip
         rounds = max(1, (until - warmup) // max(1, every))
         top = self.top or max(1, math.ceil((target - start) / (self.add * rounds)))
         zeros = next(iter(layers.values())).params["share"].detach().new_zeros(len(layers))
@@ -182,8 +179,7 @@ class Growth(Allocation, name="increlora"):
         new = []
         if state["budget"] < state["target"]:
             mean, uncertainty, found = state["mean"], state["uncertainty"], state["score"]
-            score = torch.stack([found.get(name, mean.new_zeros(1)).abs().sum().to(mean)
-                                 for name in layers])  # fmt: skip
+            score = torch.stack([found.get(k, torch.zeros(1)).abs().sum().to(mean) for k in layers])
             found.clear()
             mean.lerp_(score, 1 - self.beta1)
             uncertainty.lerp_((score - mean).abs(), 1 - self.beta2)
