@@ -161,21 +161,29 @@ def register() -> None:
     for name, task in tasks().items():
         store.store(group="task", name=name, node=_twin(task))
     parts, presets = registry.index()
+    OmegaConf.register_new_resolver("own", _own, replace=True)
     for axis, found in parts.items():
         for name, part in found.items():
+            homes = [p.axes[axis] for p in presets.values() if p.axes[axis]["name"] == name]
             fields = [("name", str, name)] + [
-                (key, TYPES[kind], default) for key, (kind, default) in part.fields.items()
-            ]
+                (key, TYPES[kind], f"${{own:{axis},{name},{key}}}"
+                 if any(home.get(key, default) != default for home in homes) else default)
+                for key, (kind, default) in part.fields.items()
+            ]  # fmt: skip
             store.store(
                 group=f"variant/{axis}", name=name, node=dataclasses.make_dataclass(name, fields)
             )
     for name, preset in presets.items():
         chosen = [{axis: part["name"]} for axis, part in preset.axes.items()]
-        own = {axis: {k: v for k, v in p.items() if k != "name"} for axis, p in preset.axes.items()}
         node = {"defaults": [*chosen, "_self_"], "name": name}
-        store.store(
-            group="variant", name=name, node=node | {axis: s for axis, s in own.items() if s}
-        )
+        store.store(group="variant", name=name, node=node)
+
+
+def _own(axis: str, part: str, key: str, *, _root_: Any) -> Any:
+    """A part's setting where presets differ: that of the preset in use if the part is its own."""
+    parts, presets = registry.index()
+    chosen, default = presets[_root_.variant.name].axes[axis], parts[axis][part].fields[key][1]
+    return chosen.get(key, default) if chosen["name"] == part else default
 
 
 def more_keys() -> str:

@@ -277,3 +277,14 @@ def test_loading_into_an_adapted_model_says_so(tmp_path: Path) -> None:
     variants.attach(model, "lora", rank=4, targets=TARGETS).save(tmp_path)
     with pytest.raises(variants.Incompatible, match="has an adapter already"):
         variants.load(model, tmp_path)
+
+
+def test_a_preset_s_own_settings_do_not_go_to_another_part() -> None:
+    """LoRA-GA's gamma of 64 went to GoRA's, and GaLore's rank to updates that have none."""
+    ga = settings("variant=lora_ga").variant["init"]
+    other = settings("variant=lora_ga", "variant/init=gora").variant["init"]
+    assert ga["gamma"] == 64.0
+    assert other == {"name": "gora", "batches": 32, "gamma": 0.05, "sign": "descent"}
+    assert settings("variant=lora", "variant/init=lora_ga").variant["init"]["gamma"] == 16.0
+    assert settings("variant=galore", "variant/update=adamw").variant["update"]["name"] == "adamw"
+    assert settings("variant=galore", "variant.update.rank=4").variant["update"]["rank"] == 4
