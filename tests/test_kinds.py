@@ -76,6 +76,8 @@ def test_patterns_of_rank_and_alpha() -> None:
     assert (ranks["model.layers.0.mlp.down_proj"], ranks["model.layers.1.mlp.down_proj"]) == (6, 2)
     assert adapter.layers["model.layers.0.self_attn.q_proj"].s == 4
     assert adapter.layers["model.layers.1.mlp.down_proj"].s == 4
+    tied = variants.attach(made("llama")[0], "lora", rank=4, rank_pattern={"mlp": 2})
+    assert {la.s for la in tied.layers.values()} == {2.0}  # alpha = 2r is of each layer's own rank
     for pattern in ({"rank_pattern": {"typo": 2}}, {"alpha_pattern": {"lm_head": 2}}):
         with pytest.raises(variants.Incompatible, match=r"typo|lm_head"):
             variants.attach(made("llama")[0], "lora", rank=4, **pattern)  # type: ignore[arg-type]

@@ -47,6 +47,7 @@ class Choice:
     rank: int | None
     alpha: float | None
     notes: tuple[str, ...] = ()  # settings that were asked for and have no meaning here
+    alpha_per_rank: float | None = None  # of an alpha that is a multiple of the rank, such as 2r
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -58,7 +59,8 @@ class Choice:
 
     def s(self, r: int, alpha: float | None = None) -> float:
         """The scale of a matrix of rank r, with another alpha if there is one."""
-        alpha = self.alpha if alpha is None else alpha
+        if alpha is None:
+            alpha = self.alpha if self.alpha_per_rank is None else self.alpha_per_rank * r
         return self.scale.value(1.0 if alpha is None else alpha, r)
 
     @property
@@ -80,8 +82,9 @@ def choose(
             raise unknown("axis", axis, list(AXES))
     parts: dict[str, Any] = {}
     for axis in AXES:
-        given = axes.get(axis)
-        parts[axis] = _part(axis, info.axes[axis] if given is None else given)
+        given, own = axes.get(axis), info.axes[axis]
+        # a part that the preset has already keeps the preset's settings
+        parts[axis] = _part(axis, own if given in (None, own["name"]) else given)
     form: Form = parts["form"]
     if not form.scaled and parts["scale"].name != "none":
         needs_scale = "a form with a scale in its equation (one without takes scale none)"
@@ -98,13 +101,19 @@ def choose(
         rank = None
     else:
         rank = _whole_rank(info.rank if rank is None else rank, preset)
+    per_rank = None
     if not parts["scale"].has_alpha:
         if alpha is not None:
             notes.append(f"alpha={alpha} has no meaning with scale {parts['scale'].name}")
         alpha = None
     else:
-        alpha = _alpha(info.alpha if alpha is None else alpha, rank, preset)
-    choice = Choice(info.name, rank=rank, alpha=alpha, notes=tuple(notes), **parts)
+        asked = info.alpha if alpha is None else alpha
+        alpha = _alpha(asked, rank, preset)
+        if isinstance(asked, str) and asked.endswith("r") and rank:
+            per_rank = alpha / rank
+    choice = Choice(
+        info.name, rank=rank, alpha=alpha, notes=tuple(notes), alpha_per_rank=per_rank, **parts
+    )
     for part in parts.values():
         part.fits(choice)
     names = set(form.shapes(8, 8, 1)) | set(form.shared_shapes(8, 8, 1))
