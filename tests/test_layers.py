@@ -187,7 +187,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(variants.Incompatible, match="truncated, or not json"):
         variants.load(llama(), tmp_path)
     settings.write_text(text)
-    with pytest.raises(variants.Incompatible, match="matches no layer"):
+    with pytest.raises(
+        variants.Incompatible, match="made for another model: this one has no layer"
+    ):
         variants.load(gpt2(), tmp_path)
 
 

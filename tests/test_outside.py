@@ -84,6 +84,17 @@ def test_the_contract_is_one_command(
     assert "BROKEN   takes_any_factors: embed" in said and "holds    keeps_dtypes" in said
 
 
+def test_a_false_fact_and_a_clause_that_cannot_run_are_broken(
+    half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["variants", str(half), "--check"])
+    half.write_text(HALF.replace("\n2\n", "\n3\n").replace("self, W0, p, s", "self, W0, p"))
+    assert main() == 1
+    said = capsys.readouterr().out
+    assert "BROKEN   facts of the file: 0 of 1" in said
+    assert "BROKEN   merged_equals_unmerged: TypeError" in said  # said, and the rest goes on
+
+
 def test_on_the_command_line(half: Path, tmp_path: Path) -> None:
     words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled",
              f"out_dir={tmp_path}/runs"]  # fmt: skip

@@ -288,3 +288,33 @@ def test_a_preset_s_own_settings_do_not_go_to_another_part() -> None:
     assert settings("variant=lora", "variant/init=lora_ga").variant["init"]["gamma"] == 16.0
     assert settings("variant=galore", "variant/update=adamw").variant["update"]["name"] == "adamw"
     assert settings("variant=galore", "variant.update.rank=4").variant["update"]["rank"] == 4
+
+
+def test_an_adapter_that_has_left_says_so() -> None:
+    adapter = variants.attach(Toy(), "lora", rank=2, targets=["first"])
+    adapter.merge()
+    with pytest.raises(variants.Incompatible, match="has left its model"), adapter.disabled():
+        pass
+    with pytest.raises(variants.Incompatible, match="has left its model"):
+        adapter.optimizer(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": ["first"]}, "rank_pattern=.*: a mapping from roles or layers"),
+        ({"rank_pattern": {"first": 0}}, "rank_pattern of first: rank=0: the rank is a whole"),
+        ({"alpha_pattern": {"first": 0}}, "alpha_pattern of first: alpha=0: alpha is a positive"),
+        ({"init": {"name": "pissa", "method": "fast"}}, "init pissa: method=fast; choices: exact"),
+        ({"init": "eva", "calibration": ["abc"]}, "a batch is a mapping, passed as model"),
+    ],
+)
+def test_wrong_settings_name_their_key(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(variants.Incompatible, match=message):
+        variants.attach(Toy(), "lora", rank=2, targets=["first"], **settings)
+
+
+def test_an_adapter_of_another_model_is_named(tmp_path: Path) -> None:
+    variants.attach(Toy(), "lora", rank=2, targets=["first"]).save(tmp_path)
+    with pytest.raises(variants.Incompatible, match="was made for another model: this one has no"):
+        variants.load(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path)

@@ -7,6 +7,7 @@ python -m variants --markdown FILE    renews the table between the marks of a Ma
 """
 
 import argparse
+import doctest
 import sys
 import textwrap
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import Incompatible, describe, names, parts
-from ._registry import AXES, find_part, index, overrides
+from ._registry import AXES, find_part, find_preset, imported, index, overrides
 
 
 def table() -> Table:
@@ -175,10 +176,17 @@ def _check(name: str, words: list[str], console: Console) -> int:
         try:
             check(case)
             console.print(f"  holds    {clause}", markup=False)
-        except AssertionError as error:
+        except Exception as error:  # whatever a wrong file does
             broken += 1
-            console.print(f"  BROKEN   {clause}: {error}", markup=False, soft_wrap=True)
-    console.print(f"{name}: {len(CLAUSES) - broken} of {len(CLAUSES)} clauses hold")
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            why = " ".join(f"{kind}{error}".split())
+            console.print(f"  BROKEN   {clause}: {why}", markup=False, soft_wrap=True)
+    facts = doctest.testmod(imported(find_preset(name).module), report=False)
+    broken += facts.failed > 0
+    console.print(f"  {'BROKEN' if facts.failed else 'holds '}   facts of the file: "
+                  f"{facts.attempted - facts.failed} of {facts.attempted}")  # fmt: skip
+    total = len(CLAUSES) + 1
+    console.print(f"{name}: {total - broken} of {total} hold")
     return int(broken > 0)
 
 

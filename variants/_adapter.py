@@ -213,8 +213,10 @@ def plan(
         if choice.form.applies(kind_of(layers[site.path]), _has_bias(layers[site.path]))
     ]
     if not sites:
-        raise Incompatible(f"form {choice.form.name}: no layer of targets={targets} can take it: "
-                           f"{' '.join((choice.form.__doc__ or '').split())}")  # fmt: skip
+        what = " ".join((choice.form.__doc__ or "").split())
+        raise Incompatible(
+            f"form {choice.form.name}: no layer of targets={targets} can take it; it is this: {what}"
+        )
     ranks = _by_site(model, "rank_pattern", rank_pattern, sites)
     alphas = _by_site(model, "alpha_pattern", alpha_pattern, sites)
     for name, value in (("rank_pattern", ranks and choice.rank),
@@ -227,11 +229,18 @@ def plan(
         if choice.rank is None:
             asked = int(_has_bias(layers[site.path]))
         else:
-            asked = _whole_rank(ranks.get(site.name, choice.rank), site.name)
+            try:
+                asked = _whole_rank(ranks.get(site.name, choice.rank), choice.preset)
+            except Incompatible as error:
+                raise Incompatible(f"rank_pattern of {site.name}: {error}") from None
         rank = choice.form.rank_of(m, n, asked, site.name)
         largest = max(largest, min(m, n))
         alpha = alphas.get(site.name)
-        alpha = None if alpha is None else _alpha(alpha, rank, choice.preset)
+        if alpha is not None:
+            try:
+                alpha = _alpha(alpha, rank, choice.preset)
+            except Incompatible as error:
+                raise Incompatible(f"alpha_pattern of {site.name}: {error}") from None
         item = planned_item(choice, site, (m, n), rank, choice.s(rank, alpha), alpha)
         planned.append(item)
     if choice.rank is not None and choice.form.rank_is_bounded and choice.rank > largest:
@@ -269,6 +278,8 @@ def _by_site(
     """{site: value} of a pattern {role or name: value}; a later key wins over an earlier one."""
     found = {}
     own = {site.name for site in sites}
+    if pattern is not None and not isinstance(pattern, Mapping):
+        raise Incompatible(f"{what}={pattern}: a mapping from roles or layers to numbers")
     for word, value in (pattern or {}).items():
         try:
             hit = {s.name for s in resolve(model, [word])} & own
@@ -336,6 +347,7 @@ class Adapter:
         The allocation runs by itself after each step of this optimizer. One that changes during
         the run needs `steps`; without, it keeps its first budget and says so.
         """
+        self._refuse_ended()
         others = [p for m in self.saved_modules.values() for p in m.copy.parameters()]
         if self.choice.update.scheduled:
             settings["steps"] = steps
@@ -433,7 +445,8 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The original model, for as long as the context lasts."""
+        """The original model (as its base stores it), for as long as the context lasts."""
+        self._refuse_ended()
         switches: list[Any] = [*self.layers.values(), *self.saved_modules.values()]
         before = [switch.enabled for switch in switches]
         for switch in switches:
@@ -543,7 +556,8 @@ def attach(
         calibration: batches, each passed as `model(**batch)`, for a part that measures the model
             (`needs` in its file); with labels in them where it needs gradients.
         modules_to_save: names of modules to train in full beside the adapter (a new head).
-        rank_pattern, alpha_pattern: {role or name of a layer: its own rank or alpha}.
+        rank_pattern, alpha_pattern: {role or name of a layer: its own rank or alpha}; of two keys
+            that name a layer the later one holds.
         axes: another part on an axis: `init="pissa"`, or a mapping with settings.
 
     Raises:

@@ -59,6 +59,11 @@ def calibrate(
     batches = []
     counts = [getattr(part, "batches", BATCHES) if part.needs else 0 for part in parts]
     for batch in calibration:
+        if not isinstance(batch, Mapping):
+            raise Incompatible(
+                f"calibration: a batch is a mapping, passed as model(**batch), not a "
+                f"{type(batch).__name__}"
+            )
         batches.append(batch)
         if len(batches) >= max(counts):
             break

@@ -12,7 +12,7 @@ from ._adapter import Adapter, build, choose, planned_item
 from ._kinds import matrix_of
 from ._layer import refuse_adapted
 from ._registry import Incompatible
-from ._targets import Site, all_layers, resolve
+from ._targets import Site, all_layers
 
 FORMAT = 1
 WEIGHTS, SETTINGS = "adapter.safetensors", "adapter.json"
@@ -117,7 +117,9 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
     layers, planned = all_layers(model), []
     for saved in settings["sites"].values():
         if saved["path"] not in layers:
-            resolve(model, [saved["path"]])  # names what the model has instead
+            raise Incompatible(
+                f"{path} was made for another model: this one has no layer {saved['path']}"
+            )
         rows = None if saved["rows"] is None else (saved["rows"][0], saved["rows"][1])
         m, n = matrix_of(layers[saved["path"]]).shape
         m = m if rows is None else rows[1] - rows[0]

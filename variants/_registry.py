@@ -55,7 +55,7 @@ class PartInfo:
             raise Incompatible(
                 f"{self.axis} {self.name} has no setting {unknown[0]!r}; its settings: {known}"
             )
-        return getattr(_imported(self.module), self.cls)(**settings)
+        return getattr(imported(self.module), self.cls)(**settings)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
     return PresetInfo(name=name, module=module, doc=doc, axes=axes, **given)
 
 
-def _imported(module: str) -> Any:
+def imported(module: str) -> Any:
     """A module of this package by its name, another by its file."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
@@ -331,7 +331,7 @@ def _value(key: str, kind: str, text: str) -> Any:
 
 def _blocks(doc: str) -> tuple[str, str, str]:
     """(citation: the first paragraph, equation: the first indented block, the remaining text)."""
-    paragraphs = [block for block in doc.split("\n\n") if block.strip()]
+    paragraphs = [block for block in doc.split("\n\n") if block.strip()] or [""]
     equations = [b for b in paragraphs if b.startswith("    ") and ">>>" not in b]
     rest = [b for b in paragraphs[1:] if b not in equations[:1]]
     equation = textwrap.dedent(equations[0]) if equations else ""

@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._registry import Incompatible
+
 OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
 RESIDUAL = 1e-5  # of the largest singular value
 CACHED_FROM = 2**20  # entries: below, computing is cheaper than the file
+METHODS = ("exact", "krylov")
 SLICES = ("top", "last", "middle", "random")
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r] descending, Vh [r, n]
 
@@ -70,8 +73,8 @@ def sliced(
     """
     if which not in SLICES:
         raise ValueError(f"which={which}: no such slice; choices: {', '.join(SLICES)}")
-    if method not in ("exact", "krylov"):
-        raise ValueError(f"method={method}: no such decomposition; choices: exact, krylov")
+    if method not in METHODS:
+        raise Incompatible(f"method={method}: no such decomposition; choices: exact, krylov")
     if M.numel() < CACHED_FROM or not cached:
         return _compute(M, r, which, method, generator)
     from safetensors.torch import load_file, save_file

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ._api import Init, Start, Tensors
-from ._registry import preset
-from ._svd import balanced, sliced
+from ._registry import Incompatible, preset
+from ._svd import METHODS, balanced, sliced
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class PiSSA(Init, name="pissa"):
     """`exact` (full SVD) or `krylov` (the same to fp32, faster)"""
 
     moves_base = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise Incompatible(f"init pissa: method={self.method}; choices: {', '.join(METHODS)}")
 
     def start(
         self, W0: Tensor, r: int, s: float, generator: torch.Generator, found: Tensors
