@@ -215,7 +215,7 @@ def plan(
     if not sites:
         what = " ".join((choice.form.__doc__ or "").split())
         raise Incompatible(
-            f"form {choice.form.name}: no layer of targets={targets} can take it; it is this: {what}"
+            f"form {choice.form.name}: no layer of targets={targets} can take it; it is: {what}"
         )
     ranks = _by_site(model, "rank_pattern", rank_pattern, sites)
     alphas = _by_site(model, "alpha_pattern", alpha_pattern, sites)
