@@ -1204,8 +1204,8 @@ BUGS = [
     ),
     Bug(
         "_adapter",
-        "total += sum(torch.Size(s).numel() for k, s in shapes.items() if k not in choice.untrained)",
-        "total += sum(torch.Size(s).numel() for k, s in shapes.items()) * len(planned)",
+        "for k, s in shapes.items() if k not in choice.untrained)",
+        "for k, s in shapes.items() for _ in planned)",
         "shared tensors counted once a layer in the plan",
         "tied_lora; vblora",
     ),
