@@ -188,16 +188,17 @@ def _width(layer: Adapted) -> int:
 
 def merged_equals_unmerged(case: Case) -> None:
     """merge() leaves plain layers with the same outputs, in mid-schedule too."""
-    model, x = case.toy(), _inputs()
-    kinds = [type(module) for module in model.modules()]
-    adapter = _disturb(case.attach(model))
-    adapter.optimizer(lr=1e-3, steps=20)
-    with torch.no_grad():
-        before = model.eval()(x)
-        model.train()
-        adapter.merge()
-        assert [type(module) for module in model.modules()] == kinds
-        _close(model(x), before, 1e-5, "merged")
+    for seed in (0, 1):  # of which an allocation makes what it shows first
+        model, x = case.toy(), _inputs()
+        kinds = [type(module) for module in model.modules()]
+        adapter = _disturb(case.attach(model, seed=seed))
+        adapter.optimizer(lr=1e-3, steps=20)
+        with torch.no_grad():
+            before = model.eval()(x)
+            model.train()
+            adapter.merge()
+            assert [type(module) for module in model.modules()] == kinds
+            _close(model(x), before, 1e-5, "merged")
 
 
 def only_the_adapter_trains(case: Case) -> None:
@@ -379,6 +380,14 @@ def counts_the_papers_parameters(case: Case) -> None:
     assert adapter.num_trainable == expected, (adapter.num_trainable, expected)
 
 
+def scales_by_the_rank(case: Case) -> None:
+    """s is that of the rank a layer has, or of the rank asked for, as the allocation says."""
+    adapter = case.attach()
+    for layer in adapter.layers.values():
+        r = case.rank if adapter.choice.allocation.keeps_scale else layer.rank
+        assert layer.full_s == adapter.choice.s(r), (layer.full_s, r)
+
+
 def evaluated(formula: str, r: int, m: int, n: int) -> int:
     """A variant's formula of trained numbers, for one matrix."""
     names = {"min": min, "max": max, "int": int, "math": math, "r": r, "m": m, "n": n}
@@ -456,6 +465,7 @@ CLAUSES: dict[str, Callable[[Case], None]] = {
         disabled_is_the_original,
         resumes_in_mid_schedule,
         counts_the_papers_parameters,
+        scales_by_the_rank,
         gradients_agree_with_float64,
     )
 }
