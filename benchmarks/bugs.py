@@ -617,7 +617,6 @@ BUGS = [
         "(start - target) * left**2",
         "a square for the cubic",
     ),
-    Bug("adalora", "if step <= warmup:", "if step < warmup:", "off by one at the end of warm-up"),
     Bug(
         "adalora",
         "torch._foreach_mul_(mean, self.beta1)",
@@ -1001,13 +1000,6 @@ BUGS = [
     ),
     Bug(
         "_layer",
-        "self.kept = self.original.clone()",
-        "self.kept = self.original",
-        "the original that is kept is the matrix that moves",
-        "relora; delta_lora",
-    ),
-    Bug(
-        "_layer",
         "self.frozen.stored.set(W)\n        self._row_squares = None",
         "self.frozen.stored.set(W)",
         "norms of the base that moved are remembered",
@@ -1019,13 +1011,6 @@ BUGS = [
         "(self.W0 + A0.mT @ B0.mT)",
         "the product that comes back is transposed",
         "pissa; init_ab",
-    ),
-    Bug(
-        "_layer",
-        "return self.kind.product(x, self.original, self.frozen.bias)",
-        "return self.kind.product(x, self.original, self.bias)",
-        "disabled keeps the adapter's bias",
-        "bitfit; pissa; pissa form=lora",
     ),
     Bug(
         "_layer",
@@ -1249,13 +1234,6 @@ BUGS = [
         "residual <= RESIDUAL * S[0]",
         "residual >= RESIDUAL * S[0]",
         "Krylov's answer is taken while it is wrong",
-        "pissa; lora_xs",
-    ),
-    Bug(
-        "_svd",
-        "blocks.append(block)",
-        "blocks = [block]",
-        "the last block alone: svd_lowrank's error",
         "pissa; lora_xs",
     ),
     Bug(

@@ -26,6 +26,10 @@ weight does not move, the base takes all of it, and the original comes back when
 >>> torch.equal(layer.W0, W), bool(p["B"].any()), bool((p["A"] == A).any()), torch.equal(
 ...     layer.original, W0)
 (True, False, False, True)
+>>> A = p["A"].detach().clone()
+>>> _ = rule.after_step({"0": layer}, state, 10)
+>>> bool((p["A"] == A).any())  # drawn anew, not the same again
+False
 """
 
 from collections.abc import Mapping, Sequence
