@@ -24,6 +24,18 @@ optimizer; a head is no part of the stored base; what layers share counts once:
 >>> layers = variants.attach(net, "qlora", rank=2, targets="body,lm_head").layers
 >>> {path: type(layer.frozen.stored).__name__ for path, layer in layers.items()}
 {'body': 'Blocks4', 'lm_head': 'Dense'}
+
+A layer may have an alpha of its own; disabled() may stand within disabled():
+
+>>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+>>> adapter = variants.attach(net, "lora", rank=2, alpha=2, targets="0,1", alpha_pattern={"1": 8})
+>>> [layer.s for layer in adapter.layers.values()]
+[1.0, 4.0]
+>>> with adapter.disabled():
+...     with adapter.disabled():
+...         pass
+...     print([layer.enabled for layer in adapter.layers.values()])
+[False, False]
 """
 
 import hashlib

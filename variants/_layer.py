@@ -24,6 +24,18 @@ True
 >>> copied = Copied(nn.Linear(2, 2, dtype=torch.bfloat16))
 >>> copied.copy.weight is copied.original.weight, copied.copy.weight.dtype
 (False, torch.float32)
+
+Under dropout a convolution keeps W0 x whole, and drops from what its change sees:
+
+>>> net = nn.Sequential(nn.Conv2d(2, 3, 2))
+>>> layer = variants.attach(net, "lora", rank=2, targets="convolutions", dropout=0.5).layers["0"]
+>>> _, x = nn.init.normal_(layer.params["B"]), torch.randn(1, 2, 5, 5)
+>>> _ = torch.manual_seed(1)
+>>> y = layer.train()(x)
+>>> _ = torch.manual_seed(1)
+>>> change = layer.kind.product(layer.dropout(x), layer.weight - layer.W0, None)
+>>> torch.allclose(y, layer.frozen(x) + change, atol=1e-5)
+True
 """
 
 from collections.abc import Callable, Iterator, Mapping

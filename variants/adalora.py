@@ -19,8 +19,10 @@ Times below 1 are fractions of the run, others are steps. The budget of the offi
 
 Masks come every 100 steps; P and Q start small:
 
->>> [rule.budget(t, 85900, 3 * 72, 72)[1] for t in (8001, 8100, 8101)]
-[False, True, False]
+>>> [rule.budget(t, 85900, 3 * 72, 72)[1] for t in (8001, 8100, 8101, 35899, 35901)]
+[False, True, False, False, True]
+>>> AdaLoRABudget(warmup=1, final=5, every=1).budget(20, 20, 12, 4)  # two thirds
+(8, True)
 >>> p = Triplet().start(torch.zeros(90, 60), 30, 1.0, torch.Generator().manual_seed(0))
 >>> [round(p[k].std().item(), 3) for k in "PEQ"]
 [0.02, 0.0, 0.02]

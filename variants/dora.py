@@ -30,8 +30,8 @@ True
 >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
 >>> layer = variants.attach(model, "dora", rank=1, alpha=1, targets=["0"]).layers["0"]
 >>> A, B = torch.ones(1, 8), torch.ones(6, 1)
->>> layer.move_to(-B @ A + 1e-4)
->>> bool(torch.allclose(row_norms(layer, A, B, 1.0), (layer.W0 + B @ A).norm(dim=1)))
+>>> layer.move_to(-2 * B @ A + 1e-4)
+>>> bool(torch.allclose(row_norms(layer, A, B, 2.0), (layer.W0 + 2 * B @ A).norm(dim=1)))
 True
 """
 

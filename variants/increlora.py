@@ -58,6 +58,16 @@ Averages of a score that is 1 and then 0; and the penalty of P and Q that are ze
 >>> seen = len([k for k in layer.eval().p if k[0] == "E"])
 >>> round(rule.penalty({"1": layer}).item() / seen**0.5, 4)
 0.1
+
+No more than is missing, however many a matrix gets at once:
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+>>> layers = variants.attach(model, "increlora", rank=6, targets=["0", "1"]).layers
+>>> rule = Growth(target_rank=2.5, add=2, top=2)
+>>> state = rule.begin(layers, 20)
+>>> _ = rule._grow(layers, state, scores=[0.1, 0.2])
+>>> state["used"]
+{'0': 2, '1': 3}
 """
 
 import math

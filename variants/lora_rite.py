@@ -55,6 +55,9 @@ What escaped fades by b2; a small gradient is not drawn out to `clip`:
 >>> _ = (1e-6 * model(torch.ones(3, 5).double()).sum()).backward(), optimizer.step()
 >>> bool(optimizer.state[B]["V"].abs().max() < 1e-9)
 True
+>>> V = torch.diag(torch.tensor([2.0, 1.0])).double()[None]  # of which the new basis has nothing
+>>> moved(0 * u, V, M, zero, U, U.flip(1), zero, one, zero, escape=True)[2].item()
+2.0
 """
 
 from collections.abc import Mapping, Sequence

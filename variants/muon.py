@@ -40,6 +40,11 @@ True
 >>> optimizer.rule = "spectral"
 >>> optimizer._k(40, 10), optimizer._k(10, 40)
 (2.0, 1.0)
+>>> update = {"name": "muon", "rest": 0.5}  # DoRA's m is no matrix
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+>>> adapter = variants.attach(model, "muon", rank=2, form="dora", update=update, targets=["0"])
+>>> [group["lr"] for group in adapter.optimizer(lr=1.0).param_groups]
+[1.0, 0.5]
 """
 
 import math

@@ -30,6 +30,11 @@ weight does not move, the base takes all of it, and the original comes back when
 >>> _ = rule.after_step({"0": layer}, state, 10)
 >>> bool((p["A"] == A).any())  # drawn anew, not the same again
 False
+>>> rule = ReLoRA(every=5.0, warmup=3.0)
+>>> state = rule.begin({"0": layer}, steps=20)
+>>> _ = rule.after_step({"0": layer}, state, 5)
+>>> sorted(state["before"]), sorted(state["since"].values())
+(['0:A', '0:B'], [5, 5])
 """
 
 from collections.abc import Mapping, Sequence
