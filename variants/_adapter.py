@@ -1,4 +1,42 @@
-"""Attach a variant to a model: choose the parts, resolve the targets, build the layers."""
+"""Attach a variant to a model: choose the parts, resolve the targets, build the layers.
+
+Each layer has a generator of its own, the same in every process; what went stale leaves the
+optimizer; a head is no part of the stored base; what layers share counts once:
+
+>>> import variants
+>>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+>>> adapter = variants.attach(net, "relora", rank=2, targets="0,1",
+...                           allocation={"name": "relora", "every": 2.0})
+>>> first, second = (layer.params["A"] for layer in adapter.layers.values())
+>>> torch.equal(first, second), _seed_of(0, "q")
+(False, 64440134937876508)
+>>> optimizer = adapter.optimizer(1e-3, steps=9)
+>>> for _ in range(2):
+...     net(torch.ones(1, 8)).sum().backward()
+...     optimizer.step()
+...     print(len(optimizer.state))
+4
+0
+>>> net = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("body", "other", "lm_head")})
+>>> choice = choose("tied_lora", 2)
+>>> count_trained(choice, plan(net, choice, "body,other"))  # 2 (8 + 8) once, 2 + 8 twice
+52
+>>> layers = variants.attach(net, "qlora", rank=2, targets="body,lm_head").layers
+>>> {path: type(layer.frozen.stored).__name__ for path, layer in layers.items()}
+{'body': 'Blocks4', 'lm_head': 'Dense'}
+
+A layer may have an alpha of its own; disabled() may stand within disabled():
+
+>>> net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+>>> adapter = variants.attach(net, "lora", rank=2, alpha=2, targets="0,1", alpha_pattern={"1": 8})
+>>> [layer.s for layer in adapter.layers.values()]
+[1.0, 4.0]
+>>> with adapter.disabled():
+...     with adapter.disabled():
+...         pass
+...     print([layer.enabled for layer in adapter.layers.values()])
+[False, False]
+"""
 
 import hashlib
 import warnings

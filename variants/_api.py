@@ -344,6 +344,10 @@ def kaiming(r: int, n: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """[r, n] from U(-1/sqrt(n), 1/sqrt(n)), torch's `kaiming_uniform_(a=sqrt(5))` of loralib.
 
     Drawn on the CPU in fp32, so that every device and dtype gets the same numbers.
+
+    >>> A = kaiming(400, 100, torch.empty(0), torch.Generator().manual_seed(0))
+    >>> tuple(A.shape), round(A.abs().max().item(), 4), round(A.std().item() * 300**0.5, 2)
+    ((400, 100), 0.1, 1.0)
     """
     unit = torch.rand(r, n, generator=generator, dtype=torch.float32)
     return ((2 * unit - 1) / math.sqrt(n)).to(like)

@@ -7,6 +7,35 @@ bytes; what came of it lies in a cache, under the content of the model, of the b
 code that reduced it.
 
 The model is measured in eval mode: no dropout, so that equal batches give equal statistics.
+
+Means over tokens that are no padding, or over batches; a layer that is stored transposed and
+fused gets its own rows; the model's own gradients stay, and its dropout does not act:
+
+>>> from transformers.pytorch_utils import Conv1D
+>>> from ._adapter import choose, plan
+>>> class Net(nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.c_attn, self.drop = Conv1D(6, 3), nn.Dropout(0.5)
+...     def forward(self, x, attention_mask):
+...         return {"loss": self.c_attn(self.drop(x)).square().sum() / 2}
+>>> g, net, mask = torch.Generator().manual_seed(0), Net(), torch.tensor([[1, 1], [1, 0]])
+>>> batches = [{"x": torch.randn(2, 2, 3, generator=g), "attention_mask": mask} for _ in range(2)]
+>>> net.c_attn.weight.grad = torch.ones(3, 6)
+>>> planned = plan(net, choose("lora", 1), "v")
+>>> ((item, found),) = _measure(net, planned, batches, STATISTICS)
+>>> x = torch.cat([batch["x"].flatten(0, 1) for batch in batches])
+>>> wanted = (net.c_attn(x).T @ x / 2)[4:]
+>>> torch.allclose(found["gradient"], wanted, atol=1e-5), bool((net.c_attn.weight.grad == 1).all())
+(True, True)
+>>> real = x[[0, 1, 2, 4, 5, 6]]
+>>> torch.allclose(found["covariance"], real.T @ real / 6)
+True
+>>> torch.allclose(found["mean"], real.mean(0))
+True
+>>> samples = [s / s.max().abs() for s in (real[:2], real[2:3], real[3:5], real[5:])]
+>>> torch.allclose(found["scaled_covariance"], sum(s.T @ s for s in samples) / 4)
+True
 """
 
 import hashlib

@@ -123,6 +123,8 @@ class Case:
         if needs(choice):
             dtype = next(model.parameters()).dtype
             own["calibration"] = [{k: t.to(dtype) for k, t in b.items()} for b in _calibration()]
+        if choice.scale.has_alpha:
+            own["alpha"] = 3.0 * self.rank  # s = 1 would hide one that is forgotten
         settings = own | settings
         return attach(model, self.preset, **settings, **self.axes)
 
@@ -134,6 +136,9 @@ def _disturb(adapter: Adapter, size: float = 0.05) -> Adapter:
         for t in layer.trained:
             noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
             t.data += (size * noise).to(t.dtype)
+    for module in adapter.saved_modules.values():
+        for t in module.copy.parameters():
+            t.data += size
     return adapter
 
 
@@ -176,6 +181,14 @@ def forward_equals_weight(case: Case) -> None:
                     dropped = layer.dropout(x)
                     wanted = F.linear(x, W0, layer.bias) + F.linear(dropped, W - W0)
                 _close(fast, wanted, 1e-9, "train")
+    adapter = _disturb(case.attach(case.toy(torch.float64)))
+    adapter.optimizer(lr=1e-3, steps=20)  # an allocation begins: a part may be seen in training
+    for layer in adapter.layers.values():
+        x = torch.randn(2, 3, _width(layer), dtype=torch.float64)
+        for mode in (layer.train(), layer.eval()):
+            with torch.no_grad():
+                W = layer.form.weight(layer.W0, mode.p, mode.s)
+                _close(mode(x), layer.kind.product(x, W, layer.bias), 1e-9, "in mid-schedule")
 
 
 def _width(layer: Adapted) -> int:
@@ -184,15 +197,18 @@ def _width(layer: Adapted) -> int:
 
 
 def merged_equals_unmerged(case: Case) -> None:
-    """merge() leaves plain layers with the same outputs."""
-    model, x = case.toy(), _inputs()
-    kinds = [type(module) for module in model.modules()]
-    adapter = _disturb(case.attach(model))
-    with torch.no_grad():
-        before = model(x)
-        adapter.merge()
-        assert [type(module) for module in model.modules()] == kinds
-        _close(model(x), before, 1e-5, "merged")
+    """merge() leaves plain layers with the same outputs, in mid-schedule too."""
+    for seed in (0, 1):  # of which an allocation makes what it shows first
+        model, x = case.toy(), _inputs()
+        kinds = [type(module) for module in model.modules()]
+        adapter = _disturb(case.attach(model, seed=seed))
+        adapter.optimizer(lr=1e-3, steps=20)
+        with torch.no_grad():
+            before = model.eval()(x)
+            model.train()
+            adapter.merge()
+            assert [type(module) for module in model.modules()] == kinds
+            _close(model(x), before, 1e-5, "merged")
 
 
 def only_the_adapter_trains(case: Case) -> None:
@@ -211,8 +227,8 @@ def only_the_adapter_trains(case: Case) -> None:
 
 
 def optimizer_holds_each_tensor_once(case: Case) -> None:
-    """Each trained tensor stands in one group, once."""
-    adapter = case.attach()
+    """Each trained tensor stands in one group, once, those of a head in full included."""
+    adapter = case.attach(modules_to_save=["lm_head"])
     optimizer = adapter.optimizer(lr=1e-3, steps=10)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(t) for t in adapter.parameters())
@@ -262,7 +278,7 @@ def same_seed_same_bits(case: Case) -> None:
 def keeps_dtypes(case: Case) -> None:
     """A bf16 model stays bf16, its adapter is fp32, its output bf16; fp64 stays fp64."""
     for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        adapter = case.attach(case.toy(dtype))
+        adapter = case.attach(case.toy(dtype), modules_to_save=["lm_head"])
         assert adapter.model(_inputs(dtype)).dtype == dtype
         assert {t.dtype for t in adapter.parameters()} == {kept}
         adapter.merge()
@@ -318,7 +334,7 @@ def disabled_is_the_original(case: Case) -> None:
     model, x = case.toy(), _inputs()
     with torch.no_grad():
         before = model(x)
-        adapter = _disturb(case.attach(model))
+        adapter = _disturb(case.attach(model, modules_to_save=["lm_head"]))
         lossy = adapter.choice.base.lossy
         with adapter.disabled():
             off = model(x)
@@ -378,6 +394,14 @@ def by_formula(choice: Choice, planned: Sequence[Planned], own: str = "") -> int
     return expected
 
 
+def scales_by_the_rank(case: Case) -> None:
+    """s is that of the rank a layer has, or of the rank asked for, as the allocation says."""
+    adapter = case.attach()
+    for layer in adapter.layers.values():
+        r = case.rank if adapter.choice.allocation.keeps_scale else layer.rank
+        assert layer.full_s == adapter.choice.s(r), (layer.full_s, r)
+
+
 def evaluated(formula: str, r: int, m: int, n: int) -> int:
     """A variant's formula of trained numbers, for one matrix."""
     names = {"min": min, "max": max, "int": int, "math": math, "r": r, "m": m, "n": n}
@@ -394,12 +418,20 @@ def _planned(adapter: Adapter) -> list[Any]:
 
 
 def gradients_agree_with_float64(case: Case) -> None:
-    """fp32 gradients of the fast path, against the dense equation in float64."""
-    adapter = _disturb(case.attach())
+    """fp32 gradients of the fast path, against the dense equation in float64, dropout included."""
+    for dropout in (0.0,) if case.norms else (0.0, 0.4):
+        _gradients(_disturb(case.attach(dropout=dropout)))
+
+
+def _gradients(adapter: Adapter) -> None:
+    generator = torch.Generator().manual_seed(4)
     for layer in adapter.layers.values():
-        x = torch.randn(16, _width(layer), requires_grad=True)
-        up = torch.randn(16, layer.out_features)
+        x = torch.randn(16, _width(layer), generator=generator).requires_grad_()
+        up = torch.randn(16, layer.out_features, generator=generator)
+        torch.manual_seed(5)
         got = torch.autograd.grad(layer(x), [x, *layer.trained], up)
+        torch.manual_seed(5)
+        mask = layer.dropout(torch.ones_like(x)).double()
         p = {
             k: t.detach().double().requires_grad_(k not in layer.untrained)
             if t.is_floating_point() else t.detach()
@@ -408,8 +440,13 @@ def gradients_agree_with_float64(case: Case) -> None:
         x64 = x.detach().double().requires_grad_()
         W = layer.form.weight(layer.W0.double(), p, layer.s)
         bias = None if layer.frozen.bias is None else layer.frozen.bias.double()
+        bias = layer.form.bias(bias, p)
+        y = layer.kind.product(x64, W, bias)
+        if layer.drops:
+            W0 = layer.W0.double()
+            y = F.linear(x64, W0, bias) + F.linear(mask * x64, W - W0)
         wanted = torch.autograd.grad(
-            layer.kind.product(x64, W, layer.form.bias(bias, p)),
+            y,
             [x64, *(t for k, t in p.items() if k not in layer.untrained)],
             up.double(),
         )
@@ -442,6 +479,7 @@ CLAUSES: dict[str, Callable[[Case], None]] = {
         disabled_is_the_original,
         resumes_in_mid_schedule,
         counts_the_papers_parameters,
+        scales_by_the_rank,
         gradients_agree_with_float64,
     )
 }

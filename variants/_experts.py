@@ -4,6 +4,31 @@ Such a model keeps the matrices of all its experts in one parameter [experts, .,
 by it in ways of its own. `unstack` puts a list of single matrices in that parameter's place, each
 of which can be frozen or adapted like any layer, and hands the model their stack while its forward
 runs; `restack` makes it a parameter again.
+
+A model of three experts, stored transposed, of which one is adapted: it is what the matrices say,
+merged as well, and the stack is the model's own again:
+
+>>> class Experts(nn.Module):
+...     is_transposed = True
+...     def __init__(self):
+...         super().__init__()
+...         self.w1 = nn.Parameter(torch.randn(3, 4, 5))
+...     def forward(self, x):
+...         return torch.einsum("en,enm->em", x, self.w1)
+>>> import variants
+>>> model, x = nn.Sequential(Experts()), torch.randn(3, 4)
+>>> before, stack = model(x), model[0].w1.detach().clone()
+>>> adapter = variants.attach(model, "lora", rank=2, targets="w1.1")
+>>> layer = adapter.layers["0.w1.1"]
+>>> torch.allclose(model(x), before), torch.equal(layer.W0, stack[1].T)
+(True, True)
+>>> _ = torch.nn.init.normal_(layer.params["B"])
+>>> wanted = torch.stack([stack[0], layer.weight.T, stack[2]])
+>>> torch.allclose(model(x), torch.einsum("en,enm->em", x, wanted), atol=1e-4)
+True
+>>> _ = adapter.merge()
+>>> torch.allclose(model[0].w1, wanted, atol=1e-5), "w1" in vars(model[0])
+(True, False)
 """
 
 from collections.abc import Iterable, Iterator

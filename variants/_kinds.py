@@ -1,6 +1,31 @@
 """Kinds of layers: each shows its weight as a matrix W [m, n], and computes with another one.
 
 This is the one place that knows them. Forms, inits and bases see the matrix and nothing else.
+
+A module that is of none; a bias that is left out; what W multiplies; rows of an embedding:
+
+>>> import torch
+>>> from transformers.pytorch_utils import Conv1D
+>>> kind_of(nn.GELU()), kind_of(Conv1D(3, 2)).__name__, matrix_of(Conv1D(3, 2)).shape
+(None, 'Conv1DKind', torch.Size([3, 2]))
+>>> conv = nn.Conv2d(2, 3, 2, stride=2, padding=1)
+>>> kind, x, W = Conv2dKind(conv), torch.randn(1, 2, 5, 5), matrix_of(conv)
+>>> y, free = conv(x), conv(x) - conv.bias[:, None, None]
+>>> torch.allclose(kind.product(x, W, conv.bias), y), torch.allclose(kind.product(x, W, None), free,
+...     atol=1e-6), torch.allclose((kind.inputs(x) @ W.T).mT.view_as(free), free, atol=1e-6)
+(True, True, True)
+>>> torch.allclose(kind.plain(W, conv.bias)(x), y)
+True
+>>> A, B, ids = torch.randn(2, 5, requires_grad=True), torch.randn(3, 2), torch.tensor([4, 0, 4])
+>>> found = EmbeddingKind(nn.Embedding(5, 3, padding_idx=0)).low_rank(ids, A, B)
+>>> torch.allclose(found, (B @ A).T[ids])
+True
+>>> found.sum().backward()
+>>> [bool(column.any()) for column in A.grad.T]  # 0 stands for padding, which does not learn
+[False, False, False, False, True]
+>>> stack = torch.randn(3, 2, 4)
+>>> torch.equal(matrix_of(Expert(stack, 1, True)), stack[1].T)
+True
 """
 
 import copy

@@ -1,6 +1,41 @@
 """The layers that stand in a model in place of its own: frozen, adapted, fused of both.
 
 What kind of layer it was is `_kinds.py`'s to know; here a layer is a matrix W [m, n] and a bias.
+
+Rows of a fused layer keep their places, an embedding has its scale, and a head that trains in full
+leaves the original alone, in fp32 or wider:
+
+>>> import variants
+>>> class Net(nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.embed, self.qkv_proj = nn.Embedding(5, 4), nn.Linear(4, 6)
+...     def forward(self, x):
+...         return self.qkv_proj(self.embed(x))
+>>> net, x = Net(), torch.tensor([1, 4])
+>>> before, W0 = net(x), net.qkv_proj.weight.detach().clone()
+>>> layers = variants.attach(net, "lora", rank=2, alpha=6, targets=["q", "v", "embeddings"]).layers
+>>> torch.allclose(net(x), before), torch.equal(layers["qkv_proj.v"].W0, W0[4:])
+(True, True)
+>>> embedding = layers["embed"]
+>>> _ = nn.init.normal_(embedding.params["B"])
+>>> torch.allclose(embedding(x), embedding.weight.T[x], atol=1e-5)
+True
+>>> copied = Copied(nn.Linear(2, 2, dtype=torch.bfloat16))
+>>> copied.copy.weight is copied.original.weight, copied.copy.weight.dtype
+(False, torch.float32)
+
+Under dropout a convolution keeps W0 x whole, and drops from what its change sees:
+
+>>> net = nn.Sequential(nn.Conv2d(2, 3, 2))
+>>> layer = variants.attach(net, "lora", rank=2, targets="convolutions", dropout=0.5).layers["0"]
+>>> _, x = nn.init.normal_(layer.params["B"]), torch.randn(1, 2, 5, 5)
+>>> _ = torch.manual_seed(1)
+>>> y = layer.train()(x)
+>>> _ = torch.manual_seed(1)
+>>> change = layer.kind.product(layer.dropout(x), layer.weight - layer.W0, None)
+>>> torch.allclose(y, layer.frozen(x) + change, atol=1e-5)
+True
 """
 
 from collections.abc import Callable, Iterator, Mapping

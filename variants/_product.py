@@ -1,6 +1,17 @@
 """Products that keep nothing for backward which backward can compute again.
 
 Each is an autograd function over plain torch operations, so a second derivative works as well.
+
+Dropout has the mean of its input, and backward the mask of forward:
+
+>>> import torch
+>>> x = torch.ones(40, 50, requires_grad=True)
+>>> y = dropout(x, 0.2, seed=3)
+>>> sorted(set(y.flatten().tolist())), round((y == 0).float().mean().item(), 1)
+([0.0, 1.25], 0.2)
+>>> y.sum().backward()
+>>> torch.equal(x.grad, y)
+True
 """
 
 from collections.abc import Callable

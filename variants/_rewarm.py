@@ -3,6 +3,22 @@
 An allocation knows no optimizer, but a step of any is as long as its rate. So each tensor that
 warms up is kept as it was before the step, and goes only a share of the way. The allocation's state
 holds `since` {tensor: the step after which it began} and `before` {tensor: its numbers}.
+
+Of a warm-up of four steps that begins after step 10, steps 11 to 13 go a part of the way:
+
+>>> layer = type("Layer", (), {"params": {"A": torch.zeros(1)}})
+>>> state, layers = {}, {"x": layer}
+>>> begin(state)
+>>> hold(layers, state, 10, 4, [key_of("x", "A")])
+>>> for step in range(11, 15):
+...     _ = layer.params["A"].add_(1.0)
+...     shorten(layers, state, step, 4)
+...     hold(layers, state, step, 4)
+...     print(step, round(layer.params["A"].item(), 2), list(state["before"]))
+11 0.25 ['x:A']
+12 0.75 ['x:A']
+13 1.5 []
+14 2.5 []
 """
 
 from collections.abc import Iterable, Mapping

@@ -8,6 +8,24 @@ The Krylov method (Musco & Musco 2015, arXiv:1504.05477) keeps every block of th
 where `torch.svd_lowrank` keeps the last: six to twelve blocks of r + 16 columns are exact to fp32
 on decaying spectra. The residual decides how many; on a flat spectrum, where no cheap method finds
 the vectors, the exact one answers instead.
+
+Slices of a known spectrum, in order; the product of `balanced` is the part divided by s, and both
+factors are of one size:
+
+>>> import torch
+>>> M, g = torch.diag(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])), torch.Generator().manual_seed(0)
+>>> [sliced(M, 2, which, "exact", g)[1].tolist() for which in ("top", "middle", "last")]
+[[5.0, 4.0], [4.0, 3.0], [2.0, 1.0]]
+>>> A, B = balanced(*sliced(M, 2, "top", "exact", g), s=4.0)
+>>> [round(v, 4) for v in (4.0 * B @ A).diag().tolist()], round((A.norm() / B.norm()).item(), 4)
+([5.0, 4.0, 0.0, 0.0, 0.0], 1.0)
+
+Krylov's triplets are the exact ones on a flat spectrum too, and do not use up the generator:
+
+>>> flat, state = torch.randn(500, 600, generator=g), g.get_state()
+>>> (U, S, Vh), (U1, S1, Vh1) = sliced(flat, 4, "top", "krylov", g), exact(flat, 4)
+>>> bool(torch.dist((U * S) @ Vh, (U1 * S1) @ Vh1) < 1e-2), torch.equal(g.get_state(), state)
+(True, True)
 """
 
 import hashlib

@@ -1,6 +1,23 @@
 """Triplets P_j [m, 1], E_j [1], Q_j [1, n] as tensors of their own, and what training sees of them.
 
 A part of them is in use, `share` of their number; those after them are learned in advance.
+
+Of three triplets two are seen, of which the second is learned in advance; the score is |D dL/dD|:
+
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False))
+>>> layer = variants.attach(model, "increlora", rank=3, alpha=3, targets=["0"]).layers["0"]
+>>> for k, t in layer.params.items():
+...     t.data = torch.full_like(t, {"P": 2.0, "E": 1.0, "Q": 1.0, "s": 1 / 3}[k[0]])
+>>> change(layer.params, 1.0)[0].tolist()  # three times 2, over a share of 1/3
+[18.0, 18.0, 18.0]
+>>> scores = {}
+>>> p = shown("0", layer, 1, 2, scores)(layer.params)
+>>> (-5 * p["D"]).sum().backward()
+>>> p["D"][0].tolist(), scores["0"].item()  # 9 entries of 12 * 5, over sqrt(9)
+([12.0, 12.0, 12.0], 180.0)
+>>> [layer.params[f"E{j}"].grad is None for j in range(3)]
+[False, True, True]
 """
 
 import math

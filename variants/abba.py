@@ -29,6 +29,9 @@ The start is the base, its first product the best rank-r1 matrix of W0 itself; s
 >>> W = ABBA().weight(torch.zeros(6, 8), p, 2.0)
 >>> bool(torch.allclose(W, 2 * (p["B1"] @ p["A1"]) * (p["B2"] @ p["A2"])))
 True
+>>> A2 = ABBA().start(torch.randn(8, 600, generator=g), 8, 1.0, g)["A2"]
+>>> round(A2.abs().max().item(), 3)  # sqrt(6 / 600)
+0.1
 """
 
 import math

@@ -16,6 +16,43 @@ Times below 1 are fractions of the run, others are steps. The budget of the offi
 >>> rule = AdaLoRABudget(target_rank=1, warmup=8000, final=50000, every=100)
 >>> [rule.budget(t, 85900, 3 * 72, 72)[0] for t in (8000, 8001, 20000, 35900, 85900)]
 [216, 215, 98, 72, 72]
+
+Masks come every 100 steps; P and Q start small:
+
+>>> [rule.budget(t, 85900, 3 * 72, 72)[1] for t in (8001, 8100, 8101, 35899, 35901)]
+[False, True, False, False, True]
+>>> AdaLoRABudget(warmup=1, final=5, every=1).budget(20, 20, 12, 4)  # two thirds
+(8, True)
+>>> p = Triplet().start(torch.zeros(90, 60), 30, 1.0, torch.Generator().manual_seed(0))
+>>> [round(p[k].std().item(), 3) for k in "PEQ"]
+[0.02, 0.0, 0.02]
+
+Of three triplets, the second has the least importance, 2^2 + 2^2 by its P and Q to 3^2 and 4^2 by
+E; averages keep 0.85 of what they were:
+
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
+>>> layers = variants.attach(model, "adalora", rank=3, targets=["0"]).layers
+>>> rule = AdaLoRABudget(target_rank=2, warmup=1, final=5, every=1)
+>>> state, p = rule.begin(layers, 20), layers["0"].params
+>>> p["E"].data = torch.tensor([3.0, 1.0, 4.0])
+>>> p["E"].grad = torch.tensor([1.0, 0.0, -1.0])
+>>> for k in "PQ":
+...     _ = p[k].data.fill_(2.0)
+...     p[k].grad = torch.zeros_like(p[k])
+>>> p["P"].grad[:, 1], p["Q"].grad[1] = 1.0, -1.0
+>>> _ = rule.after_step(layers, state, 14)
+>>> p["E"].tolist(), rule.ranks(layers, state)
+([3.0, 0.0, 4.0], {'0': 2})
+>>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
+[0.45, 0.3825]
+>>> p["E"].grad = torch.zeros(3)
+>>> _ = rule.after_step(layers, state, 2)
+>>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
+[0.3825, 0.3825]
+>>> _ = p["P"].data.zero_(), p["Q"].data.zero_()
+>>> round(rule.penalty(layers).item(), 4)  # 0.1 ||I||_F
+0.1732
 """
 
 from collections.abc import Mapping

@@ -23,6 +23,9 @@ Rows of a block are shifts of the first one, to the right; and the fast path is 
 >>> w = form.start(torch.zeros(30, 24), 0, 1.0, torch.Generator().manual_seed(0))["w"]
 >>> 0.9 < w.abs().max().item() * 3 <= 1.0
 True
+>>> w = C3A(kernel="kaiming").start(torch.zeros(30, 600), 0, 1.0, torch.Generator())["w"]
+>>> round(w.abs().max().item() * 600**0.5, 1)
+1.0
 """
 
 import math

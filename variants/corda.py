@@ -24,6 +24,16 @@ What the inputs make much of counts, not what W0 does: the direction taken is th
 ...     print([round(v, 4) for v in (2.0 * start.B @ start.A).diag().tolist()])
 [0.0, 1.0, 0.0]
 [0.0, 0.0, 2.0]
+
+Fewer than were measured are the smallest of them; the damping knows no unit:
+
+>>> W0 = torch.diag(torch.tensor([3.0, 1.0, 2.0]))
+>>> found = CorDA(mode="knowledge").reduce(W0, {"scaled_covariance": torch.eye(3)}, 2)
+>>> start = CorDA(mode="knowledge").start(W0, 1, 2.0, torch.Generator(), found)
+>>> [round(v, 4) for v in (2.0 * start.B @ start.A).diag().tolist()]
+[0.0, 1.0, 0.0]
+>>> bool(torch.allclose(CorDA().damped(C)[0], CorDA().damped(1000 * C)[0] / 1000))
+True
 """
 
 from dataclasses import dataclass

@@ -19,11 +19,12 @@ What the layer gains by a step is 1 + lambda times what its factors gain, up to 
 ...     update = {"name": "delta_lora", "start": K}
 ...     adapter = variants.attach(model, "delta_lora", rank=2, targets=["0"], update=update)
 ...     layer, optimizer = adapter.layers["0"], adapter.optimizer(lr=0.1)
-...     W = layer.weight.detach()
+...     torch.nn.init.normal_(layer.params["B"])
+...     W, before = layer.weight.detach(), (layer.params["B"] @ layer.params["A"]).detach()
 ...     model(torch.ones(3, 8).double()).sum().backward()
 ...     optimizer.step()
-...     BA = layer.s * layer.params["B"] @ layer.params["A"]
-...     return round(((layer.weight - W) / BA).mean().item(), 6)
+...     gained = layer.s * (layer.params["B"] @ layer.params["A"] - before)
+...     return round(((layer.weight - W) / gained).median().item(), 6)
 >>> gain(-1), gain(0)
 (3.0, 1.0)
 """

@@ -15,6 +15,24 @@ Row norms are m and nothing else, wherever A and B go:
 >>> W = DoRA().weight(torch.randn(6, 8), p, s=2.0)
 >>> torch.allclose(W.norm(dim=1), p["m"])
 True
+
+The norm is a constant in backward, else no change of A or B could move ||W||; a row of zeros stays
+one; and a row that B A all but cancels keeps its digits:
+
+>>> _ = p["B"].requires_grad_()
+>>> DoRA().weight(torch.randn(6, 8), p, s=2.0).square().sum().backward()
+>>> bool(p["B"].grad.norm() > 1)
+True
+>>> nothing = {"A": torch.ones(1, 3), "B": torch.zeros(2, 1), "m": torch.zeros(2)}
+>>> DoRA().weight(torch.zeros(2, 3), nothing, 1.0).tolist()
+[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+>>> layer = variants.attach(model, "dora", rank=1, alpha=1, targets=["0"]).layers["0"]
+>>> A, B = torch.ones(1, 8), torch.ones(6, 1)
+>>> layer.move_to(-2 * B @ A + 1e-4)
+>>> bool(torch.allclose(row_norms(layer, A, B, 2.0), (layer.W0 + 2 * B @ A).norm(dim=1)))
+True
 """
 
 from dataclasses import dataclass

@@ -29,6 +29,9 @@ True
 ...     drawn += [state["b"]]
 >>> sorted(set(drawn)), all(70 < drawn.count(b) < 130 for b in (1, 2, 3, 4))
 ([1, 2, 3, 4], True)
+>>> _ = DyLoRA().after_step({"0": layer}, state, 400)  # the last one: all of it from here on
+>>> layer.seen is None
+True
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -28,6 +28,12 @@ The two do not belong together; with the sign of that row turned, the printed pr
 >>> B[1] *= -1
 >>> round((A @ B - W).abs().max().item(), 3)
 0.014
+
+A constant column has no deviation to be divided by, and comes back:
+
+>>> form, W[:, 1] = Factorized(standardize=True), 4.0
+>>> torch.allclose(form.weight(W, form.start(W, 3, 1.0, torch.Generator()), 1.0), W)
+True
 """
 
 from dataclasses import dataclass

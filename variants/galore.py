@@ -15,7 +15,7 @@ The larger side keeps its size, so the moments hold r max(m, n) numbers; with ev
 nothing of the gradient is lost, with one its largest singular value is what is left:
 
 >>> import torch
->>> for G in (torch.randn(6, 4), torch.randn(4, 6)):
+>>> for G in (torch.randn(6, 4), torch.randn(4, 6), torch.randn(4, 4)):
 ...     for r in (1, 4):
 ...         low, rebuilt = projected(G, directions(G, r))
 ...         print(tuple(low.shape), int(torch.linalg.matrix_rank(rebuilt(low))),
@@ -25,6 +25,8 @@ nothing of the gradient is lost, with one its largest singular value is what is 
 (6, 4) 4 True True
 (1, 6) 1 False True
 (4, 6) 4 True True
+(4, 1) 1 False True
+(4, 4) 4 True True
 
 A first step is rate times factor long in each number of the projection, and keeps its directions:
 

@@ -26,10 +26,13 @@ A budget of 4 (10 + 10) + 4 (10 + 30) = 240 numbers, of which importance gives e
 
 >>> from types import SimpleNamespace as Item
 >>> planned = [Item(site=Item(name=k), shape=(10, n), rank=4) for k, n in (("a", 10), ("b", 30))]
->>> found = {k: Importance().reduce(W, {"gradient": -W}, 4) for k, W in
+>>> sign = (-1) ** torch.arange(10)[:, None]
+>>> found = {k: Importance().reduce(W, {"gradient": sign * W}, 4) for k, W in
 ...          (("a", torch.ones(10, 10)), ("b", torch.eye(10, 30) * 30**0.5))}
 >>> Importance().static(planned, found)
 {'a': 6, 'b': 3}
+>>> Importance().static(planned, found | {"b": {"importance": torch.tensor(1e-9)}})  # 10, r/2
+{'a': 10, 'b': 2}
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,6 +23,10 @@ True
 >>> p = GraLoRA(k=2).start(torch.zeros(8, 200), 4, 1.0, g)
 >>> 0.098 < p["A"].abs().max().item() <= 0.1
 True
+>>> p = {"A": torch.zeros(2, 12), "B": torch.zeros(10, 2)}
+>>> p |= {"A_hybrid": torch.ones(1, 12), "B_hybrid": torch.ones(10, 1)}
+>>> GraLoRA(k=2, hybrid_r=1).weight(torch.zeros(10, 12), p, 3.0)[0, 0].item()
+3.0
 """
 
 from dataclasses import dataclass

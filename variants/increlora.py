@@ -42,6 +42,32 @@ each is a tensor by itself. The scale follows the triplets in use, the reserve c
 ...     numbers += [(state["used"]["0"], sum(e > 0 for e in E))]
 >>> numbers[0], numbers[3], numbers[4], numbers[7]       # in use, and E above zero
 ((1, 1), (1, 1), (2, 2), (3, 2))
+
+Averages of a score that is 1 and then 0; and the penalty of P and Q that are zero, 0.1 ||I||_F:
+
+>>> layer = layers["1"]
+>>> state = rule.begin({"1": layer}, 20)
+>>> for score in (1.0, 0.0):
+...     state["score"]["1"] = torch.tensor(score)
+...     _ = rule.after_step({"1": layer}, state, 1)
+...     print(round(state["mean"].item(), 4), round(state["uncertainty"].item(), 4))
+0.15 0.1275
+0.1275 0.1275
+>>> for t in layer.params.values():
+...     _ = t.data.zero_() if t.ndim == 2 else None
+>>> seen = len([k for k in layer.eval().p if k[0] == "E"])
+>>> round(rule.penalty({"1": layer}).item() / seen**0.5, 4)
+0.1
+
+No more than is missing, however many a matrix gets at once:
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+>>> layers = variants.attach(model, "increlora", rank=6, targets=["0", "1"]).layers
+>>> rule = Growth(target_rank=2.5, add=2, top=2)
+>>> state = rule.begin(layers, 20)
+>>> _ = rule._grow(layers, state, scores=[0.1, 0.2])
+>>> state["used"]
+{'0': 2, '1': 3}
 """
 
 import math

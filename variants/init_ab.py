@@ -17,6 +17,9 @@ B is as large as A, entry for entry, whatever its own shape:
 [0.1, 0.1]
 >>> start.subtract is not None
 True
+>>> start = InitAB(a=2.0, b=3.0).start(torch.zeros(99, 100), 64, 1.0, torch.Generator(), {})
+>>> [round(t.abs().max().item(), 2) for t in (start.A, start.B)]
+[0.2, 0.3]
 """
 
 from dataclasses import dataclass

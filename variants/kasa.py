@@ -29,7 +29,8 @@ Of one matrix, d^2 = 9, ||A^T A - I|| = 1 and ||B B^T - I|| = sqrt(1 + 1 + 3^2):
 >>> from types import SimpleNamespace
 >>> p = {"A": torch.eye(1, 2), "B": torch.eye(3, 1) * 2, "d": torch.tensor([3.0])}
 >>> rule = Regularized(beta=1.0, gamma=10.0)
->>> round(rule.penalty({"x": SimpleNamespace(params=p)}).item(), 3)
+>>> layer = SimpleNamespace(params=p)
+>>> round(rule.penalty({"x": layer, "y": layer}).item(), 3)  # their mean
 52.166
 """
 

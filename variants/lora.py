@@ -14,6 +14,8 @@ What it buys: the change has rank r, whatever the data say.
 >>> W = LoRA().weight(torch.zeros(6, 8), p, s=2.0)
 >>> int(torch.linalg.matrix_rank(W)), bool(torch.allclose(W, 2 * p["B"] @ p["A"]))
 (2, True)
+>>> Standard().value(32.0, 16), Unscaled().value(32.0, 16)
+(2.0, 1.0)
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,6 +22,16 @@ Directions of A and of B are different ones, each of the length m^(1/4) / sqrt(g
 >>> [[(int(i), round(t.abs().max().item(), 4)) for i in t.abs().argmax().view(1)]
 ...  for t in (start.A, start.B)]
 [[(19, 1.0)], [(14, 1.0)]]
+
+In turn, and by PEFT's rule:
+
+>>> start = LoRAGA(direction="ArBr").start(torch.zeros(16, 20), 1, 3.0, torch.Generator(), found)
+>>> [int(t.abs().argmax()) for t in (start.A, start.B)]
+[18, 15]
+>>> init = LoRAGA(gamma=4.0, rule="peft")
+>>> start = init.start(torch.zeros(16, 20), 1, 3.0, torch.Generator(), found)
+>>> [round(t.abs().max().item(), 4) for t in (start.A, start.B)]  # B: c times 18
+[1.0, 18.0]
 """
 
 from dataclasses import dataclass

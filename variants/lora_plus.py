@@ -19,6 +19,9 @@ Only B learns faster:
 >>> groups = adapter.optimizer(lr=1.0).param_groups
 >>> {own[id(t)]: group["lr"] for group in groups for t in group["params"]}
 {'A': 1.0, 'm': 1.0, 'B': 16.0}
+>>> groups = LoRAPlus(vectors=True).optimizer(adapter.layers, [], 1.0).param_groups
+>>> sorted((own[id(t)], group["lr"]) for group in groups for t in group["params"])
+[('A', 1.0), ('B', 16.0), ('m', 16.0)]
 """
 
 from collections.abc import Mapping, Sequence

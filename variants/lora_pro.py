@@ -28,6 +28,22 @@ True
 >>> X = -inverse @ B.T @ gB
 >>> torch.allclose(B.T @ B @ X + X @ A @ A.T, -inverse @ (s * B.T @ G) @ A.T / s**2)
 True
+
+A first step of `full` is Adam's, so that of the sign of G, as far as A and B can follow:
+
+>>> import variants
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False)).double()
+>>> adapter = variants.attach(model, "lora_pro", rank=2, alpha=6, targets=["0"])
+>>> p, optimizer = adapter.layers["0"].params, adapter.optimizer(lr=1e-6)
+>>> p["A"].data, p["B"].data = A.clone(), B.clone()
+>>> x, W = torch.randn(9, 8).double(), adapter.layers["0"].weight.detach()
+>>> (model(x).square().sum() / 2).backward()
+>>> optimizer.step()
+>>> G = (x @ W.T).T @ x
+>>> G = P @ G + (G - P @ G) @ Q                         # what Adam sees
+>>> moved, sign = (W - adapter.layers["0"].weight.detach()) / 1e-6, G.sign()
+>>> torch.allclose(moved, P @ sign + (sign - P @ sign) @ Q, atol=1e-3)
+True
 """
 
 from collections.abc import Mapping, Sequence

@@ -44,6 +44,21 @@ Another basis of the same product moves it alike, momentum included:
 >>> R = torch.tensor([[3.0, 1.0], [0.0, -0.2]]).double()
 >>> torch.allclose(end(R), end(torch.eye(2).double()), atol=1e-6)
 True
+
+What escaped fades by b2; a small gradient is not drawn out to `clip`:
+
+>>> one = torch.ones(1, 1, 1).double()
+>>> moved(u, 0 * V, M, one, U, U, zero, 0.9 * one, zero, escape=True)[2].item()
+0.9
+>>> model = torch.nn.Sequential(torch.nn.Linear(5, 4)).double()
+>>> adapter = variants.attach(model, "lora_rite", rank=2, targets=["0"])
+>>> optimizer, B = adapter.optimizer(lr=0.1), adapter.layers["0"].params["B"]
+>>> _ = (1e-6 * model(torch.ones(3, 5).double()).sum()).backward(), optimizer.step()
+>>> bool(optimizer.state[B]["V"].abs().max() < 1e-9)
+True
+>>> V = torch.diag(torch.tensor([2.0, 1.0])).double()[None]  # of which the new basis has nothing
+>>> moved(0 * u, V, M, zero, U, U.flip(1), zero, one, zero, escape=True)[2].item()
+2.0
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,9 +20,12 @@ With M = I it is LoRA; another M moves the change, within the same row and colum
 (True, 1)
 >>> bool(torch.allclose(turned, 2 * torch.outer(p["B"][:, 0], p["A"][1])))
 True
->>> M = form.start(torch.zeros(6, 100), 100, 1.0, g)["M"]
+>>> M = form.start(torch.zeros(6, 400), 100, 1.0, g)["M"]
 >>> round(M.std().item() * 3**0.5, 2)  # 1/sqrt(100)
 0.1
+>>> drawn = [MoSLoRA("orthogonal").start(torch.zeros(6, 8), 4, 1.0, g)["M"] for _ in range(20)]
+>>> sorted({bool(M[0, 0] > 0) for M in drawn})  # any rotation is as likely as its opposite
+[False, True]
 """
 
 from dataclasses import dataclass

@@ -26,6 +26,26 @@ paper's factor its numbers are about 0.2 of the rate, as AdamW's:
 >>> _ = (model(torch.randn(99, 40)) * torch.randn(99, 30)).sum().backward(), optimizer.step()
 >>> 0.14 < B.square().mean().sqrt().item() < 0.25
 True
+
+The average takes 1 - mu of a gradient; a step looks ahead, to (1 - mu) G + mu M:
+
+>>> first, B0 = 0.05 * B.grad, B.detach().clone()
+>>> torch.allclose(optimizer.state[B]["momentum"], first)
+True
+>>> B.grad = torch.randn(30, 10, generator=torch.Generator().manual_seed(0)) * B.grad.norm()
+>>> optimizer.step()
+>>> M = 0.95 * first + 0.05 * B.grad
+>>> wanted = 0.2 * 30**0.5 * newton_schulz(0.05 * B.grad + 0.95 * M)
+>>> torch.allclose(B0 - B, wanted, atol=1e-4)
+True
+>>> optimizer.rule = "spectral"
+>>> optimizer._k(40, 10), optimizer._k(10, 40)
+(2.0, 1.0)
+>>> update = {"name": "muon", "rest": 0.5}  # DoRA's m is no matrix
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+>>> adapter = variants.attach(model, "muon", rank=2, form="dora", update=update, targets=["0"])
+>>> [group["lr"] for group in adapter.optimizer(lr=1.0).param_groups]
+[1.0, 0.5]
 """
 
 import math

@@ -13,8 +13,8 @@ The model starts where it was, the base does not; and s B A is the best rank-r p
 
 >>> import torch
 >>> W0 = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
->>> start = PiSSA().start(W0, 2, 1.0, torch.Generator(), {})
->>> part = start.B @ start.A
+>>> start = PiSSA().start(W0, 2, 4.0, torch.Generator(), {})
+>>> part = 4.0 * start.B @ start.A
 >>> [round(v, 4) for v in part.diag().tolist()], round((W0 - part).norm().item(), 4)
 ([3.0, 2.0, 0.0], 1.0)
 """

@@ -26,6 +26,8 @@ The change has full rank, whatever r; and one basis is B_j diag(l_j) A diag(g_j)
 True
 >>> torch.allclose(form.weight(torch.zeros(6, 9), p, 1.0), one.T, atol=1e-5)
 True
+>>> torch.allclose(form.weight(torch.zeros(6, 6), p, 1.0), one[:6], atol=1e-5)
+True
 >>> start = form.start(torch.zeros(9, 4), 3, 1.0, g)
 >>> start["l"].tolist(), start["g"].tolist()
 ([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.25, 0.25, 0.25, 0.25], [0.25, 0.25, 0.25, 0.25]])

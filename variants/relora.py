@@ -26,6 +26,15 @@ weight does not move, the base takes all of it, and the original comes back when
 >>> torch.equal(layer.W0, W), bool(p["B"].any()), bool((p["A"] == A).any()), torch.equal(
 ...     layer.original, W0)
 (True, False, False, True)
+>>> A = p["A"].detach().clone()
+>>> _ = rule.after_step({"0": layer}, state, 10)
+>>> bool((p["A"] == A).any())  # drawn anew, not the same again
+False
+>>> rule = ReLoRA(every=5.0, warmup=3.0)
+>>> state = rule.begin({"0": layer}, steps=20)
+>>> _ = rule.after_step({"0": layer}, state, 5)
+>>> sorted(state["before"]), sorted(state["since"].values())
+(['0:A', '0:B'], [5, 5])
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,6 +23,21 @@ Another basis of the same product gives the same gradient of it:
 ...     return B @ gA + gB @ A
 >>> torch.allclose(change(B, A), change(B @ R, R.inverse() @ A))
 True
+
+By `sgd` a step is the rate times that; by `adamw` a first step has the length of the rate:
+
+>>> import variants
+>>> def step(rule):
+...     model = torch.nn.Sequential(torch.nn.Linear(8, 6)).double()
+...     update = {"name": "riemannian", "rule": rule}
+...     adapter = variants.attach(model, "riemannian", rank=2, targets=["0"], update=update)
+...     p, optimizer = adapter.layers["0"].params, adapter.optimizer(lr=0.1)
+...     p["B"].data = B.clone()
+...     model(torch.ones(3, 8).double()).square().sum().backward()
+...     optimizer.step()
+...     return (B - p["B"]).detach()
+>>> [bool((step(rule).abs() - 0.1).abs().max() < 1e-4) for rule in ("adamw", "sgd")]
+[True, False]
 """
 
 from collections.abc import Mapping, Sequence

@@ -25,6 +25,10 @@ The threshold is soft: what it leaves is smaller by xi, and nothing between xi a
 
 >>> soft(torch.tensor([-3.0, -1.5, -1.0, 0.2, 1.2, 2.0]), 1.0).tolist()
 [-2.0, -0.5, -0.0, 0.0, 0.20000004768371582, 1.0]
+>>> layer = type("Layer", (), {"params": p})
+>>> _ = SoftThreshold(0.5).after_step({"x": layer}, {}, step=7)
+>>> p["g"].tolist()
+[1.5, -2.5]
 """
 
 from collections.abc import Mapping, Sequence

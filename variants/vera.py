@@ -28,6 +28,12 @@ b scales rows and d scales what lies between; A and B have the variance 2 / fan-
 {'d': [0.10000000149011612], 'b': [0.0, 0.0], 'm': [3.0, 3.0]}
 >>> VeRA().start(torch.eye(2), 1, 1.0, g)["d"].tolist()
 [0.10000000149011612]
+>>> [VeRA(share=rule).key(6, 8, 2) for rule in ("largest", "shape")]
+['r2', '6x8-r2']
+>>> p |= {"b": torch.ones(6, requires_grad=True), "m": torch.ones(6)}
+>>> DVoRA().weight(torch.randn(6, 8, generator=g), p, 1.0).square().sum().backward()
+>>> bool(p["b"].grad.norm() > 0.1)  # the gradient through the norm would take all of it away
+True
 """
 
 from dataclasses import dataclass
