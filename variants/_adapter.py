@@ -36,6 +36,13 @@ A layer may have an alpha of its own; disabled() may stand within disabled():
 ...         pass
 ...     print([layer.enabled for layer in adapter.layers.values()])
 [False, False]
+
+A layer that an allocation gives no rank is left alone:
+
+>>> net, choice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), choose("eva", 1)
+>>> ratios = {"0": {"ratios": torch.tensor([0.9, 0.8])}, "1": {"ratios": torch.tensor([0.1, 0.1])}}
+>>> [(item.site.name, item.rank) for item in _reranked(choice, plan(net, choice, "0,1"), ratios)]
+[('0', 2)]
 """
 
 import hashlib

@@ -36,6 +36,13 @@ True
 >>> samples = [s / s.max().abs() for s in (real[:2], real[2:3], real[3:5], real[5:])]
 >>> torch.allclose(found["scaled_covariance"], sum(s.T @ s for s in samples) / 4)
 True
+
+The model is left as it was, and no more batches are drawn than the part takes:
+
+>>> drawn, choice = iter(batches * 2), choose("lora", 1, init={"name": "eva", "batches": 2})
+>>> _ = calibrate(net.train(), choice, planned, drawn)
+>>> len(list(drawn)), net.drop.training, all(p.requires_grad for p in net.parameters())
+(2, True, True)
 """
 
 import hashlib

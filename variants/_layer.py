@@ -21,6 +21,9 @@ leaves the original alone, in fp32 or wider:
 >>> _ = nn.init.normal_(embedding.params["B"])
 >>> torch.allclose(embedding(x), embedding.weight.T[x], atol=1e-5)
 True
+>>> embedding.enabled = False
+>>> torch.equal(effective(embedding), embedding.original)  # as a model of experts asks
+True
 >>> copied = Copied(nn.Linear(2, 2, dtype=torch.bfloat16))
 >>> copied.copy.weight is copied.original.weight, copied.copy.weight.dtype
 (False, torch.float32)

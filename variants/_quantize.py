@@ -13,6 +13,11 @@ The nearest entry, of each number in units of the largest by size; scales come b
 >>> scales = [Blocks4(W, dynamic_map()[::17], 64, double).scales for double in (False, True)]
 >>> bool((scales[0] / scales[1] - 1).abs().max() < 0.02), len(dynamic_map())
 (True, 256)
+
+A block of zeros has the code of zero:
+
+>>> encode(torch.zeros(4), (-1.0, 0.0, 1.0), block=4)[0].tolist()
+[1, 1, 1, 1]
 """
 
 from functools import cache

@@ -26,6 +26,14 @@ Krylov's triplets are the exact ones on a flat spectrum too, and do not use up t
 >>> (U, S, Vh), (U1, S1, Vh1) = sliced(flat, 4, "top", "krylov", g), exact(flat, 4)
 >>> bool(torch.dist((U * S) @ Vh, (U1 * S1) @ Vh1) < 1e-2), torch.equal(g.get_state(), state)
 (True, True)
+
+Random triplets are different ones; what lies in the cache is of the rank that is asked for:
+
+>>> all(len(set(sliced(M, 4, "random", "exact", torch.Generator().manual_seed(i))[1].tolist())) == 4
+...     for i in range(5))
+True
+>>> _cache_file(M, 2, "top", "exact", g) == _cache_file(M, 3, "top", "exact", g)
+False
 """
 
 import hashlib

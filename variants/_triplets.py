@@ -18,6 +18,9 @@ Of three triplets two are seen, of which the second is learned in advance; the s
 ([12.0, 12.0, 12.0], 180.0)
 >>> [layer.params[f"E{j}"].grad is None for j in range(3)]
 [False, True, True]
+>>> layer.rank, layer.params["share"].data = 6, torch.tensor(5 / 6)  # times 6 it is less than 5
+>>> in_use(layer)
+5
 """
 
 import math

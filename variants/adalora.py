@@ -53,6 +53,16 @@ E; averages keep 0.85 of what they were:
 >>> _ = p["P"].data.zero_(), p["Q"].data.zero_()
 >>> round(rule.penalty(layers).item(), 4)  # 0.1 ||I||_F
 0.1732
+
+A sign does not matter to what is in use; where the target is all there is, nothing is masked:
+
+>>> p["E"].data = torch.tensor([-1.0, 0.0, 1.0])
+>>> rule.ranks(layers, None)
+{'0': 2}
+>>> rule = AdaLoRABudget(target_rank=3, warmup=1, final=5, every=1)
+>>> state = rule.begin(layers, 20)
+>>> rule.after_step(layers, state, 16), p["E"].tolist()
+([], [-1.0, 0.0, 1.0])
 """
 
 from collections.abc import Mapping

@@ -36,6 +36,11 @@ True
 >>> second = OFT().weight(first[:, order], {"Q": p["Q"][1]}, 1.0)[:, order]
 >>> torch.allclose(BOFT(depth=2).weight(W0, {"Q": p["Q"][:2], "g": ones}, 1.0), second, atol=1e-5)
 True
+
+Blocks are joined by halves, so their size is even; without a join any that divides will do:
+
+>>> BOFT().rank_of(5, 36, 3, "here"), BOFT(depth=1).rank_of(5, 36, 3, "here")
+(2, 3)
 """
 
 from dataclasses import dataclass

@@ -34,6 +34,8 @@ Fewer than were measured are the smallest of them; the damping knows no unit:
 [0.0, 1.0, 0.0]
 >>> bool(torch.allclose(CorDA().damped(C)[0], CorDA().damped(1000 * C)[0] / 1000))
 True
+>>> CorDA().damped(C)[0][0, 0].item()  # 1 + 0.01 of (1 + 100 + 1) / 3
+1.340000033378601
 """
 
 from dataclasses import dataclass

@@ -32,6 +32,15 @@ True
 >>> _ = DyLoRA().after_step({"0": layer}, state, 400)  # the last one: all of it from here on
 >>> layer.seen is None
 True
+
+A layer of rank 2 beside one of rank 4 is whole at b = 3, at its own scale:
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+>>> pattern = {"1": 2}
+>>> layers = variants.attach(model, "dylora", rank=4, targets="0,1", rank_pattern=pattern).layers
+>>> DyLoRA().show(layers, 3)
+>>> [round(layer.s / layer.full_s, 2) for layer in layers.values()]
+[1.33, 1.0]
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -27,6 +27,8 @@ True
 >>> p |= {"A_hybrid": torch.ones(1, 12), "B_hybrid": torch.ones(10, 1)}
 >>> GraLoRA(k=2, hybrid_r=1).weight(torch.zeros(10, 12), p, 3.0)[0, 0].item()
 3.0
+>>> GraLoRA(k=2, hybrid_r=1).rank_of(10, 12, 5, "here")  # 4 for the grid
+5
 """
 
 from dataclasses import dataclass

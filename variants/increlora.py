@@ -68,6 +68,13 @@ No more than is missing, however many a matrix gets at once:
 >>> _ = rule._grow(layers, state, scores=[0.1, 0.2])
 >>> state["used"]
 {'0': 2, '1': 3}
+
+With `top` left open, as many matrices a round as reach the target by `until`: 7 in 3 rounds.
+
+>>> rule = Growth(target_rank=4.5, warmup=2.0, until=8.0, every=2.0)
+>>> rule.begin(variants.attach(torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8)),
+...                            "increlora", rank=6, targets=["0", "1"]).layers, 20)["top"]
+3
 """
 
 import math

@@ -32,6 +32,10 @@ Of one matrix, d^2 = 9, ||A^T A - I|| = 1 and ||B B^T - I|| = sqrt(1 + 1 + 3^2):
 >>> layer = SimpleNamespace(params=p)
 >>> round(rule.penalty({"x": layer, "y": layer}).item(), 3)  # their mean
 52.166
+>>> Truncated("code").start(torch.rand(4, 6), 2, 1.0, g, {}) is None  # 6 - 2 triplets stay: all
+True
+>>> Truncated("code").start(torch.rand(6, 4), 2, 1.0, g, {}).subtract[0].shape
+torch.Size([2, 4])
 """
 
 from collections.abc import Mapping

@@ -19,6 +19,21 @@ That nearest matrix is the full gradient's part in A's row space, whatever s and
 >>> g = projected(A, 3.0 * G @ A.mT, s=3.0)
 >>> torch.allclose(3.0 * g @ A, G @ torch.linalg.pinv(A) @ A, atol=1e-6)
 True
+
+The optimizer's moments are those of that, with the layer's own s:
+
+>>> import variants
+>>> def stepped(alpha):
+...     model = torch.nn.Sequential(torch.nn.Linear(8, 6)).double()
+...     adapter = variants.attach(model, "lora_fa", rank=2, alpha=alpha, targets=["0"],
+...                               update={"name": "lora_fa", "projected": True})
+...     optimizer, B = adapter.optimizer(lr=0.1), adapter.layers["0"].params["B"]
+...     (model(torch.ones(1, 8).double()) * torch.arange(6.0)).sum().backward()
+...     wanted = projected(adapter.layers["0"].params["A"], B.grad, adapter.layers["0"].s)
+...     optimizer.step()
+...     return torch.allclose(optimizer.state[B]["exp_avg"], 0.1 * wanted)
+>>> stepped(2), stepped(8)
+(True, True)
 """
 
 from collections.abc import Mapping, Sequence

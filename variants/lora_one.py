@@ -16,7 +16,7 @@ s B A goes down the gradient, with norm s / gamma whatever the size of G:
 >>> import torch
 >>> G = torch.diag(torch.tensor([8.0, 2.0, 1.0]))
 >>> found = LoRAOne().reduce(G, {"gradient": G}, 2)
->>> start = LoRAOne(gamma=4.0).start(G, 2, 1.0, torch.Generator(), found)
+>>> start = LoRAOne(gamma=4.0).start(G, 2, 5.0, torch.Generator(), found)
 >>> [round(v, 4) for v in (start.B @ start.A).diag().tolist()], start.subtract
 ([-0.25, -0.0625, 0.0], None)
 """

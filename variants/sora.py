@@ -29,6 +29,8 @@ The threshold is soft: what it leaves is smaller by xi, and nothing between xi a
 >>> _ = SoftThreshold(0.5).after_step({"x": layer}, {}, step=7)
 >>> p["g"].tolist()
 [1.5, -2.5]
+>>> SoftThreshold().ranks({"x": layer}, None)
+{'x': 2}
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,36 @@
+"""Planted bugs are caught by facts and contract: a fixed sample, and all of them where slow."""
+
+import pytest
+
+from benchmarks.bugs import BUGS
+from benchmarks.planted import BROKEN, ENOUGH, MISSED, controls, planted, trial
+
+# of a form, an init, an allocation, an optimizer and the core, each spread over the file's list
+SAMPLE = ["cross term of the squared norm counted once",
+          "the factors' s forgotten, so the base loses s times the part",
+          "the moving average's betas swapped",
+          "the sign of X",
+          "s forgotten in backward"]  # fmt: skip
+
+
+def test_a_sample_is_caught() -> None:
+    found = {bug.mistake: bug for bug in reversed(BUGS)}
+    answers = trial([found[mistake] for mistake in SAMPLE], jobs=2)
+    assert not [answer for answer in answers if answer == MISSED or answer.startswith(BROKEN)]
+
+
+def test_what_is_right_is_not_caught() -> None:
+    (control,) = controls([bug for bug in BUGS if bug.file == "dora"])[:1]
+    assert trial([control], jobs=1) == [MISSED]
+
+
+def test_a_text_that_has_moved_is_loud(tmp_path) -> None:
+    with pytest.raises(SystemExit, match="has 0 times, not once"):
+        planted(tmp_path, BUGS[0]._replace(old="no such text"))
+
+
+@pytest.mark.slow
+def test_all_are_caught() -> None:
+    answers = trial(BUGS, jobs=2)
+    assert not [answer for answer in answers if answer.startswith(BROKEN)]
+    assert sum(answer != MISSED for answer in answers) >= ENOUGH * len(BUGS)
