@@ -14,7 +14,7 @@ Of three triplets two are seen, of which the second is learned in advance; the s
 >>> scores = {}
 >>> p = shown("0", layer, 1, 2, scores)(layer.params)
 >>> (-5 * p["D"]).sum().backward()
->>> p["D"][0].tolist(), scores["0"].item()  # 9 entries of 12 * 5, over sqrt(9)
+>>> p["D"][0].tolist(), scores["0"].abs().sum().item()  # 9 entries of 12 * 5, over sqrt(9)
 ([12.0, 12.0, 12.0], 180.0)
 >>> [layer.params[f"E{j}"].grad is None for j in range(3)]
 [False, True, True]
