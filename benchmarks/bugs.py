@@ -750,8 +750,8 @@ BUGS = [
     ),
     Bug(
         "_triplets",
-        "size = D.detach() / math.sqrt(D.numel())",
-        "size = 1 / math.sqrt(D.numel())",
+        "size, kept = D.detach() / math.sqrt(D.numel()), scores",
+        "size, kept = 1 / math.sqrt(D.numel()), scores",
         "the score lacks the change itself",
         "increlora",
     ),
@@ -1182,7 +1182,7 @@ BUGS = [
     ),
     Bug(
         "_adapter",
-        "s = item.s if choice.allocation.keeps_scale else choice.s(r)",
+        "s = item.s if choice.allocation.keeps_scale else choice.s(r, item.alpha)",
         "s = item.s",
         "s keeps the rank that was asked for",
         "gora; eva",
@@ -1620,8 +1620,8 @@ BUGS = [
     ),
     Bug(
         "_adapter",
-        "_alpha(alpha, rank, choice.preset))\n        planned.append",
-        "None)\n        planned.append",
+        "choice.s(rank, alpha), alpha)\n        planned.append",
+        "choice.s(rank), None)\n        planned.append",
         "alpha_pattern is ignored",
         "lora",
     ),
@@ -1821,8 +1821,8 @@ BUGS = [
     ),
     Bug(
         "_calibrate",
-        "if len(batches) >= count:",
-        "if len(batches) > count:",
+        "if len(batches) >= max(counts):",
+        "if len(batches) > max(counts):",
         "a batch too many",
         "eva; gora",
     ),

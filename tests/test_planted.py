@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.bugs import BUGS
-from benchmarks.planted import BROKEN, ENOUGH, MISSED, controls, planted, trial
+from benchmarks.planted import BROKEN, ENOUGH, MISSED, PACKAGE, controls, planted, trial
 
 # of a form, an init, an allocation, an optimizer and the core, each spread over the file's list
 SAMPLE = ["cross term of the squared norm counted once",
@@ -22,6 +22,11 @@ def test_a_sample_is_caught() -> None:
 def test_what_is_right_is_not_caught() -> None:
     (control,) = controls([bug for bug in BUGS if bug.file == "dora"])[:1]
     assert trial([control], jobs=1) == [MISSED]
+
+
+def test_every_mistake_has_its_place() -> None:
+    texts = {bug.file: (PACKAGE / f"{bug.file}.py").read_text() for bug in BUGS}
+    assert not [bug.mistake for bug in BUGS if texts[bug.file].count(bug.old) != 1]
 
 
 def test_a_text_that_has_moved_is_loud(tmp_path) -> None:
