@@ -200,8 +200,8 @@ BUGS = [
     Bug("hra", "+ 0.5 * torch.eye(", "+ torch.eye(", "half of the diagonal of T forgotten"),
     Bug(
         "ia3",
-        "return 2 if named or role_of(where) in words else 1",
-        "return 2 if named else 1",
+        'where.endswith(f".{word}") or role_of(where) == word',
+        'where.endswith(f".{word}")',
         "fc2 and its like scale their output, not their input",
     ),
     Bug(

@@ -358,6 +358,8 @@ class Run:
             modules_to_save=tuple(heads),
             notes=choice.notes,
         )
+        for note in adapter.notes[len(choice.notes) :]:
+            self.screen.say(note)
         self.screen.say(
             f"{choice.preset}: {adapter.num_trainable:,} trained numbers in {len(adapter.layers)} "
             f"matrices; lr {self.prepared.lr:.3g} ({self.prepared.lr_origin})"
@@ -417,7 +419,7 @@ class Run:
                 "axes": choice.axes(),
                 "rank": choice.rank,
                 "alpha": choice.alpha,
-                "scale": sorted({layer.full_s for layer in adapter.layers.values()}),
+                "scale": sorted({layer.acting_s for layer in adapter.layers.values()}),
                 "targets": settings.targets,
                 "model": prepared.source.name,
                 "task": settings.task.name,

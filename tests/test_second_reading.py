@@ -210,6 +210,40 @@ def test_each_part_sees_the_batches_that_it_asks_for() -> None:
     assert torch.equal(both, started("uniform"))
 
 
+def test_an_alpha_that_lokr_leaves_aside_is_said_and_the_s_that_acts_recorded(
+    tmp_path: Path,
+) -> None:
+    """Full factors have s = 1."""
+    with pytest.warns(UserWarning, match="alpha has no effect in 2 of 2 matrices"):
+        variants.attach(Toy(), "lokr", rank=4, alpha=8, targets=TARGETS)
+    assert not variants.attach(Toy(), "lokr", rank=1, alpha=8, targets=TARGETS).notes
+    lab("variant=lokr", "rank=8", "alpha=64", *QUICK, out=tmp_path)
+    result = json.loads((only(tmp_path) / "result.json").read_text())
+    assert result["config"]["scale"] == [1.0] and "alpha has no effect" in result["notes"][0]
+
+
+def test_the_s_of_increlora_is_that_of_the_triplets_in_use() -> None:
+    adapter = variants.attach(Toy(), "increlora", rank=4, alpha=16, targets=TARGETS)
+    adapter.optimizer(1e-2, steps=20)
+    assert [layer.acting_s for layer in adapter.layers.values()] == [16.0, 16.0]
+
+
+@pytest.mark.parametrize("key", ["beta1", "beta2"])
+def test_increlora_refuses_an_average_that_is_none(key: str) -> None:
+    rule = {"name": "increlora", key: 1.5}
+    with pytest.raises(variants.Incompatible, match=f"{key} must lie between 0 and 1"):
+        variants.attach(Toy(), "increlora", rank=4, targets=TARGETS, allocation=rule)
+
+
+def test_ia3_s_inputs_name_layers_that_there_are() -> None:
+    form = {"name": "ia3", "inputs": "first, nothing"}
+    with pytest.raises(variants.Incompatible, match="inputs=nothing: matches no layer"):
+        variants.attach(Toy(), "ia3", targets=TARGETS, form=form)
+    form["inputs"] = "first"
+    layers = variants.attach(Toy(), "ia3", targets=TARGETS, form=form).layers
+    assert [list(layer.params) for layer in layers.values()] == [["columns"], ["rows"]]
+
+
 def test_dropout_is_refused_where_no_matrix_changes() -> None:
     with pytest.raises(variants.Incompatible, match=r"dropout=0\.1: form bitfit"):
         variants.attach(Toy(), "bitfit", targets=["first"], dropout=0.1)

@@ -262,6 +262,7 @@ def plan(
         raise Incompatible(
             f"form {choice.form.name}: no layer of targets={targets} can take it; it is: {what}"
         )
+    choice.form.fits_layers([site.name for site in sites])
     ranks = _by_site(model, "rank_pattern", rank_pattern, sites)
     alphas = _by_site(model, "alpha_pattern", alpha_pattern, sites)
     for name, value in (("rank_pattern", ranks and choice.rank),
@@ -599,7 +600,8 @@ def attach(
         dropout: probability on the adapter's input: y = W0 x + (W - W0) dropout(x).
         seed: of the initial tensors; each layer draws from its own generator.
         calibration: batches, each passed as `model(**batch)`, for a part that measures the model
-            (`needs` in its file); with labels in them where it needs gradients.
+            (`needs` in its file); with labels in them where it needs gradients. As many as the
+            part's `batches` are taken; where there are fewer, all.
         modules_to_save: names of modules to train in full beside the adapter (a new head).
         rank_pattern, alpha_pattern: {role or name of a layer: its own rank or alpha}; of two keys
             that name a layer the later one holds.
@@ -612,9 +614,7 @@ def attach(
     notes = list(choice.notes)
     if calibration is not None and not needs(choice):
         notes.append("calibration batches have no use: no part of this variant needs any")
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return build(
+    adapter = build(
         model,
         choice,
         plan(model, choice, targets, rank_pattern, alpha_pattern),
@@ -625,6 +625,9 @@ def attach(
         modules_to_save=tuple(modules_to_save),
         notes=notes,
     )
+    for note in adapter.notes:
+        warnings.warn(note, stacklevel=2)
+    return adapter
 
 
 def needs(choice: Choice) -> tuple[str, ...]:
@@ -702,6 +705,10 @@ def build(
         replace(model, path, module)
     saved = {path: _copy(model, path, tensors) for path in copied}
     sites = {item.site.name: item.site for item in planned}
+    aside = [layer for layer in layers.values() if layer.acting_s != layer.full_s]
+    if tensors is None and aside:
+        notes = [*notes, f"alpha has no effect in {len(aside)} of {len(layers)} matrices, where "
+                         f"form {choice.form.name} has an s of its own"]  # fmt: skip
     return Adapter(
         model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
         list(notes), given=frozenset(k for k in tensors or () if k.startswith("shared.")),

@@ -111,6 +111,13 @@ class Form(Part):
         """The layer's bias [m]; only a form that changes it says more."""
         return b0
 
+    def acting_s(self, p: Tensors, s: float) -> float:
+        """What the given s comes to in the equation; only a form that changes it says more."""
+        return s
+
+    def fits_layers(self, names: Sequence[str]) -> None:
+        """Raises `Incompatible` where a setting of the form names none of the adapted layers."""
+
     def applies(self, kind: Any, has_bias: bool) -> bool:
         """Whether a layer of this kind can take the form; layers that cannot are left out."""
         return kind.matrices

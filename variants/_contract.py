@@ -8,6 +8,7 @@ libraries (Hydra builds the same variant, a run resumes, PEFT's numbers) live in
 import ast
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -131,7 +132,9 @@ class Case:
         if choice.scale.has_alpha:
             own["alpha"] = 3.0 * self.rank  # s = 1 would hide one that is forgotten
         settings = own | settings
-        return attach(model, self.preset, **settings, **self.axes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an alpha that the form leaves aside
+            return attach(model, self.preset, **settings, **self.axes)
 
 
 def _disturb(adapter: Adapter, size: float = 0.05) -> Adapter:

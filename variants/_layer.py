@@ -132,6 +132,11 @@ class Adapted(nn.Module):
         return self.full_s * (self.seen[1] if self.seen is not None and self.training else 1.0)
 
     @property
+    def acting_s(self) -> float:
+        """What the scale comes to in the equation, whatever is `seen`."""
+        return self.form.acting_s(self.params, self.full_s)  # type: ignore[arg-type]
+
+    @property
     def kind(self) -> Kind:
         return self.frozen.kind
 

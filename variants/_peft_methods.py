@@ -94,8 +94,7 @@ class LoKr(LoHa):
         return super().config(adapter) | both
 
     def s(self, layer: Adapted) -> float:
-        form: Any = layer.form
-        return form.scale(layer.params, layer.full_s)
+        return layer.acting_s
 
     def settings(self, file: File) -> dict[str, Any]:
         factor = file.get("decompose_factor", -1)

@@ -24,6 +24,7 @@ Rows for keys and values, with the bias; columns for `down`, without it:
 ([[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]], [1.0, 1.0])
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from ._api import Form, Tensors
 from ._layer import Adapted
 from ._product import rescaled
-from ._registry import preset
+from ._registry import Incompatible, preset
 from ._targets import role_of
 
 
@@ -48,10 +49,16 @@ class IA3(Form, name="ia3"):
     parameters_in_words = "m where outputs are scaled, n where inputs are"
     scaled = False
 
+    def words(self) -> list[str]:
+        return [word.strip() for word in self.inputs.split(",") if word.strip()]
+
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        words = [word.strip() for word in self.inputs.split(",")]
-        named = any(where == word or where.endswith(f".{word}") for word in words if word)
-        return 2 if named or role_of(where) in words else 1
+        return 2 if any(reads(word, where) for word in self.words()) else 1
+
+    def fits_layers(self, names: Sequence[str]) -> None:
+        for word in self.words():
+            if self.inputs != IA3.inputs and not any(reads(word, name) for name in names):
+                raise Incompatible(f"form ia3: inputs={word}: matches no layer that targets name")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"rows": (m,)} if r == 1 else {"columns": (n,)}
@@ -76,6 +83,11 @@ class IA3(Form, name="ia3"):
         if "rows" in p:
             return product(x, layer.bias_like(x)) + (p["rows"] - 1).to(x.dtype) * product(dropped)
         return layer.frozen(x) + product((p["columns"] - 1).to(x.dtype) * dropped)
+
+
+def reads(word: str, where: str) -> bool:
+    """Whether `word` is the role of the layer `where`, its name, or the end of its name."""
+    return where == word or where.endswith(f".{word}") or role_of(where) == word
 
 
 preset(

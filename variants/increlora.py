@@ -120,6 +120,10 @@ class Increments(Form, name="increlora"):
         P, E, Q = triplets(p)
         return Q, P * (E / p["share"])
 
+    def acting_s(self, p: Tensors, s: float) -> float:
+        """alpha over the triplets in use."""
+        return s / p["share"].item()
+
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         return W0 + (p["D"] if "D" in p else change(p, s))
 
@@ -166,6 +170,9 @@ class Growth(Allocation, name="increlora"):
         times = (self.warmup, self.until, self.every, self.restart)
         if min(self.initial, self.add) < 1 or min(self.top, self.target_rank, *times) < 0:
             raise Incompatible("allocation increlora: initial and add below 1, or others negative")
+        for key in ("beta1", "beta2"):
+            if not 0 < getattr(self, key) < 1:
+                raise Incompatible(f"allocation increlora: {key} must lie between 0 and 1")
 
     def fits(self, choice: "Choice") -> None:
         if not isinstance(choice.form, Increments):

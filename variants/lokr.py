@@ -125,9 +125,9 @@ class LoKr(Form, name="lokr"):
     def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         W1 = p["W1"] if "W1" in p else p["B1"] @ p["A1"]
         W2 = p["W2"] if "W2" in p else p["B2"] @ p["A2"]
-        return self.scale(p, s) * torch.kron(W1, W2)
+        return self.acting_s(p, s) * torch.kron(W1, W2)
 
-    def scale(self, p: Tensors, s: float) -> float:
+    def acting_s(self, p: Tensors, s: float) -> float:
         """s, or 1 where the authors have none."""
         return 1.0 if self.rule == "authors" and "W1" in p and "W2" in p else s
 
@@ -135,7 +135,7 @@ class LoKr(Form, name="lokr"):
         p = {k: v.to(x.dtype) for k, v in layer.p.items()}
         W1 = p["W1"] if "W1" in p else p["B1"] @ p["A1"]
         parts = [p["W2"]] if "W2" in p else [p["A2"], p["B2"]]
-        return layer.frozen(x) + self.scale(p, layer.s) * product(layer.dropout(x), W1, parts)
+        return layer.frozen(x) + self.acting_s(p, layer.s) * product(layer.dropout(x), W1, parts)
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
         return r

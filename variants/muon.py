@@ -8,9 +8,9 @@ NS is five steps of X <- a X + (b X X^T + c (X X^T)^2) X with (a, b, c) = (3.444
 from X / ||X||, which send every singular value to somewhere between 0.7 and 1.2. k = sqrt(max(1, m
 / n)) in the official code (KellerJordan/Muon, muon.py), 0.2 sqrt(max(m, n)) in the second paper,
 which gives the steps AdamW's size, so that AdamW's rate fits. Here each matrix of the adapter moves
-so (LoRA's A and B, the W of full), vectors and heads by AdamW with `rest` times the rate. The
-official iteration runs in bf16 for speed; here in the dtype of the factors. PEFT has no such
-optimizer.
+so (LoRA's A and B, the W of full), vectors and heads by AdamW with `rest` times the rate: `rest`
+and AdamW's betas have no effect where matrices are all there is. The official iteration runs in
+bf16 for speed; here in the dtype of the factors. PEFT has no such optimizer.
 
 All singular values of a step are alike, however small the gradient's are, and with the second
 paper's factor its numbers are about 0.2 of the rate, as AdamW's:
