@@ -730,10 +730,11 @@ BUGS = [
         "uncertainty with its sign",
     ),
     Bug(
-        "increlora",
-        "off.norm() if self.angles",
-        "off.norm().square() if self.angles",
+        "_triplets",
+        "t.norm()[None] if angles",
+        "t.norm().square()[None] if angles",
         "the penalty squared",
+        "increlora",
     ),
     Bug(
         "increlora",

@@ -18,6 +18,12 @@ Of three triplets two are seen, of which the second is learned in advance; the s
 ([12.0, 12.0, 12.0], 180.0)
 >>> [layer.params[f"E{j}"].grad is None for j in range(3)]
 [False, True, True]
+>>> p = {"P0": torch.ones(3, 1), "E0": torch.ones(1), "Q0": torch.ones(1, 2)}
+>>> p |= {"P1": 2 * p["P0"], "E1": p["E0"], "Q1": 0 * p["Q0"]}
+>>> [t.tolist() for t in off_orthogonal(p, angles=False)]
+[[2.0, 11.0], [1.0, 1.0]]
+>>> [round(t.square().item(), 3) for t in off_orthogonal(p, angles=True)]
+[197.0, 2.0]
 >>> layer.rank, layer.params["share"].data = 6, torch.tensor(5 / 6)  # times 6 it is less than 5
 >>> in_use(layer)
 5
@@ -67,6 +73,14 @@ def shown(
         return seen | {"D": D}
 
     return view
+
+
+def off_orthogonal(p: Tensors, angles: bool) -> list[Tensor]:
+    """||P^T P - I||_F and ||Q Q^T - I||_F; without angles, |P_j^T P_j - 1| and |Q_j Q_j^T - 1|."""
+    P, E, Q = triplets(p)
+    one = torch.eye(len(E), dtype=E.dtype, device=E.device)
+    off = P.mT @ P - one, Q @ Q.mT - one
+    return [t.norm()[None] if angles else t.diagonal().abs() for t in off]
 
 
 def in_use(layer: Adapted) -> int:

@@ -89,7 +89,7 @@ from . import _rewarm
 from ._api import Allocation, Form, Tensors
 from ._layer import Adapted
 from ._registry import Incompatible, preset
-from ._triplets import change, in_use, shown, triplets
+from ._triplets import change, in_use, off_orthogonal, shown, triplets
 
 if TYPE_CHECKING:
     from ._adapter import Choice
@@ -108,10 +108,9 @@ class Increments(Form, name="increlora"):
                 for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        shapes = self.shapes(W0.shape[0], W0.shape[1], r)
         p = {k: W0.new_zeros(shape) if k[0] == "E"
              else (0.02 * torch.randn(shape, generator=generator)).to(W0)
-             for k, shape in shapes.items()}  # fmt: skip
+             for k, shape in self.shapes(W0.shape[0], W0.shape[1], r).items()}  # fmt: skip
         return {"share": W0.new_ones(()), **p}
 
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
@@ -121,7 +120,6 @@ class Increments(Form, name="increlora"):
         return Q, P * (E / p["share"])
 
     def acting_s(self, p: Tensors, s: float) -> float:
-        """alpha over the triplets in use."""
         return s / p["share"].item()
 
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
@@ -170,9 +168,8 @@ class Growth(Allocation, name="increlora"):
         times = (self.warmup, self.until, self.every, self.restart)
         if min(self.initial, self.add) < 1 or min(self.top, self.target_rank, *times) < 0:
             raise Incompatible("allocation increlora: initial and add below 1, or others negative")
-        for key in ("beta1", "beta2"):
-            if not 0 < getattr(self, key) < 1:
-                raise Incompatible(f"allocation increlora: {key} must lie between 0 and 1")
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
+            raise Incompatible("allocation increlora: beta1 or beta2 not between 0 and 1")
 
     def fits(self, choice: "Choice") -> None:
         if not isinstance(choice.form, Increments):
@@ -204,12 +201,8 @@ class Growth(Allocation, name="increlora"):
             layer.seen = shown(name, layer, used, count, state["score"] if grows else None), 1.0
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
-        norms = []
-        for P, E, Q in (triplets(layer.p) for layer in layers.values()):
-            for gram in (P.mT @ P, Q @ Q.mT):
-                off = gram - torch.eye(len(E), dtype=gram.dtype, device=gram.device)
-                norms.append(off.norm() if self.angles else off.diagonal().abs().mean())
-        return self.orthogonality * torch.stack(norms).mean()
+        found = [off for layer in layers.values() for off in off_orthogonal(layer.p, self.angles)]
+        return self.orthogonality * torch.cat(found).mean()
 
     @torch.no_grad()
     def after_step(
