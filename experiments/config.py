@@ -159,7 +159,7 @@ def register() -> None:
     for name, cls in MODELS.items():
         store.store(group="model", name=name, node=cls)
     for name, task in tasks().items():
-        store.store(group="task", name=name, node=_twin(task))
+        store.store(group="task", name=name, node=twin(task))
     parts, presets = registry.index()
     OmegaConf.register_new_resolver("own", _own, replace=True)
     for axis, found in parts.items():
@@ -207,7 +207,7 @@ def _shown(value: Any) -> str:
     return text if len(text) < 24 else f"{text[:20]}..."
 
 
-def _twin(task: type[Task]) -> Any:
+def twin(task: type[Task]) -> Any:
     """A mutable dataclass of the same fields: Hydra takes a frozen one for read-only."""
     fields = [(f.name, f.type, f.default) for f in dataclasses.fields(task)]  # type: ignore[arg-type]
     return dataclasses.make_dataclass(task.name, [("name", str, task.name), *fields])
@@ -220,8 +220,7 @@ def settings_of(cfg: DictConfig) -> Settings:
     settings.task = _task(settings.task)
     settings.model = _model(settings.model)
     settings.variant = OmegaConf.to_container(cfg.variant, resolve=True)
-    if settings.targets is not None and not isinstance(settings.targets, str):
-        settings.targets = [str(t) for t in settings.targets]
+    settings.targets = _targets(settings.targets)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(settings, key)
         if pattern is not None and not isinstance(pattern, dict):
@@ -233,6 +232,15 @@ def settings_of(cfg: DictConfig) -> Settings:
             raise BadInput(f"{key}={value}: choices: {', '.join(choices)}")
     _check_numbers(settings)
     return settings
+
+
+def _targets(given: Any) -> str | list[str] | None:
+    """Words, also where Hydra read a number (`targets=0`, a layer of nn.Sequential)."""
+    if isinstance(given, dict):
+        raise BadInput(f"targets={given}: a role or a layer, or a list of them")
+    if isinstance(given, list):
+        return [str(target) for target in given]
+    return None if given is None else str(given)
 
 
 def _refuse_unknown(node: DictConfig, prefix: str) -> None:

@@ -286,7 +286,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         found = evaluate_run(given.run, given.settings)
-    except (BadInput, Incompatible) as error:
+    except (BadInput, Incompatible, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if given.json:

@@ -17,6 +17,8 @@ def export(run: str | Path, to: str, out: str | Path) -> str:
     """Writes the export into `out` and returns what there is to say of it."""
     loaded, adapter = open_run(run)
     out = Path(out)
+    if out.is_file():
+        raise BadInput(f"--out {out}: a file, not a folder")
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: not empty")
     if to == "native":
@@ -45,7 +47,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         print(export(given.run, given.to, given.out))
-    except (BadInput, Incompatible) as error:
+    except (BadInput, Incompatible, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -73,10 +73,12 @@ def main() -> int:
         if given.max_new_tokens < 1:
             raise BadInput(f"--max-new-tokens {given.max_new_tokens}: a positive number")
         loaded, adapter = open_run(given.run)
-    except (BadInput, Incompatible) as error:
+        ids = loaded.tokenizer(given.prompt).input_ids
+        if not ids:
+            raise BadInput("--prompt: empty; the model needs a token to begin with")
+    except (BadInput, Incompatible, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    ids = loaded.tokenizer(given.prompt).input_ids
     if given.base:
         adapter.detach()
     print(generate(loaded, [ids], max_new_tokens=given.max_new_tokens, batch_size=1)[0])

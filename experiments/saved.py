@@ -1,9 +1,10 @@
 """A finished run, opened again: its settings, its model, its adapter."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from variants import Adapter
@@ -24,21 +25,42 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
         raise BadInput(f"{path}: no config.yaml there, so no folder of a run")
     try:
         saved = OmegaConf.load(path / "config.yaml")
-        OmegaConf.merge(OmegaConf.structured(config.Settings), saved)
+        for key, choices in (("model.kind", config.MODELS), ("task.name", tasks())):
+            if OmegaConf.select(saved, key) not in choices:
+                raise BadInput(f"{path / 'config.yaml'}: {key} is none of {', '.join(choices)}")
+        for word in words:
+            if word.startswith("task="):
+                saved.task = {"name": _task_named(word.removeprefix("task="))}
+        schema = OmegaConf.structured(config.Settings)
+        schema.task = OmegaConf.structured(config.twin(tasks()[saved.task.name]))
+        settings = OmegaConf.merge(schema, saved)
     except (OmegaConfBaseException, YAMLError, AssertionError) as error:
         why = str(error).splitlines()[0] if str(error) else "not a mapping"
         raise BadInput(f"{path / 'config.yaml'}: not the settings of a run ({why})") from None
     for word in words:
-        key, _, value = word.partition("=")
-        if key == "task":
-            if value not in tasks():
-                raise BadInput(str(unknown("task", value, list(tasks()))))
-            saved.task = {"name": value}
-        elif not (key.startswith(("task.", "eval.")) or key == "train.seq_len") or not value:
-            raise BadInput(f"{word}: only task=, task.*=, eval.*= and train.seq_len= can be given")
-    given = OmegaConf.from_dotlist([word for word in words if not word.startswith("task=")])
-    schema = OmegaConf.structured(config.Settings)
-    return config.settings_of(OmegaConf.merge(schema, saved, given))  # type: ignore[arg-type]
+        if not word.startswith("task="):
+            _set(settings, word)
+    return config.settings_of(settings)  # type: ignore[arg-type]
+
+
+def _task_named(name: str) -> str:
+    if name not in tasks():
+        raise BadInput(str(unknown("task", name, list(tasks()))))
+    return name
+
+
+def _set(settings: Any, word: str) -> None:
+    """One `key=value`; a key that does not exist and a value of another type are named."""
+    key, _, value = word.partition("=")
+    if not (key.startswith(("task.", "eval.")) or key == "train.seq_len") or not value:
+        raise BadInput(f"{word}: only task=, task.*=, eval.*= and train.seq_len= can be given")
+    try:
+        settings.merge_with_dotlist([word])
+    except (ConfigAttributeError, ConfigKeyError):
+        group = OmegaConf.select(settings, key.partition(".")[0])
+        raise BadInput(f"{key}: no such key; choices: {', '.join(group)}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise BadInput(f"{word}: {str(error).splitlines()[0]}") from None
 
 
 def load_model(settings: config.Settings) -> Loaded:

@@ -58,12 +58,18 @@ def test_keys_that_nothing_reads_are_refused(word: str) -> None:
         ("eval.split=train", r"eval\.split=train: choices: validation, test"),
         ("track.mode=maybe", r"track\.mode=maybe: choices: auto, online"),
         ("model.dtype=fp8", r"model\.dtype=fp8: choices: fp32, bf16, fp16"),
+        ("targets={q:1}", r"targets=\{'q': 1\}: a role or a layer, or a list of them"),
         ("train.seq_len=1", r"train\.seq_len=1: two tokens or more"),
     ],
 )
 def test_numbers_and_words_that_cannot_be(word: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         settings(word)
+
+
+def test_a_target_may_look_like_a_number() -> None:
+    assert settings("targets=0").targets == "0"
+    assert settings("targets=[0,q]").targets == ["0", "q"]
 
 
 def run_id(*words: str) -> str:

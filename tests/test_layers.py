@@ -110,6 +110,7 @@ def test_slices_of_a_fused_layer(preset: str, tmp_path: Path) -> None:
         ({"preset": "lora", "rank": 100000}, r"rank=100000: .* is 32 x 32, so its rank is at most"),
         ({"preset": "factorized", "rank": 100000}, "no target has a rank above 32"),
         ({"preset": "lora", "alpha": "x"}, "alpha=x: a number, or a multiple of the rank"),
+        ({"preset": "lora", "alpha": {"q": 1}}, "alpha={'q': 1}: a number, or a multiple of the"),
         ({"preset": "lora", "alpha": -1}, "alpha=-1: alpha is a positive number"),
         ({"preset": "lora", "targets": "nothing"}, "targets=nothing: matches no layer"),
         ({"preset": "lora", "targets": ["q_proj", "typo"]}, "targets=typo: matches no layer"),

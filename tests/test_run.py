@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import record, track
+from experiments.saved import settings_of_run
+from experiments.tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
@@ -222,6 +224,37 @@ def test_evaluate_and_generate_a_saved_run(finished: Path, tmp_path: Path) -> No
     assert module("experiments.generate", str(copy), "--prompt", "<copy>abc=").stdout
     done = module("experiments.generate", str(tmp_path), "--prompt", "x", code=1)
     assert "no folder of a run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "RUN", "task.foo=1"], "error: task.foo: no such key; choices: name, skills"),
+        (["evaluate", "RUN", "eval.foo=1"], "error: eval.foo: no such key; choices: split,"),
+        (["evaluate", "RUN", "task.items=abc"], "error: task.items=abc: Value 'abc'"),
+        (["evaluate", "RUN", "eval.limit=["], "error: eval.limit=[: while parsing"),
+        (["evaluate", "RUN", "optim.lr=1"], "error: optim.lr=1: only task=, task.*=, eval.*="),
+        (["generate", "RUN", "--prompt", ""], "error: --prompt: empty"),
+        (["export", "RUN", "--to", "peft", "--out", "RUN/run.log"], "error: --out "),
+    ],
+    ids=lambda v: v[-1] if isinstance(v, list) else "",
+)
+def test_bad_words_for_a_saved_run(words: list[str], message: str, finished: Path) -> None:
+    words = [word.replace("RUN", str(finished)) for word in words]
+    done = module(f"experiments.{words[0]}", *words[1:], code=1)
+    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("key", ["kind: tiny", "name: skills"])
+def test_settings_of_no_run(finished: Path, tmp_path: Path, key: str) -> None:
+    settings = (finished / "config.yaml").read_text()
+    assert key in settings
+    (tmp_path / "config.yaml").write_text(settings.replace(key, key.partition(" ")[0] + " zzz"))
+    with pytest.raises(BadInput, match=r"config\.yaml: (model\.kind|task\.name) is none of"):
+        settings_of_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(BadInput, match=r"config\.yaml: model\.kind is none of"):
+        settings_of_run(tmp_path)
 
 
 BAD = [

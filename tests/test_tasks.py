@@ -98,8 +98,11 @@ def test_jsonl_template_and_errors(tmp_path: Path) -> None:
     assert Jsonl().metrics([Item("0", "", "a b"), Item("1", "", "c")], [" a b\n", "d"]) == {
         "exact_match": 0.5
     }
-    with pytest.raises(BadInput, match=r"task\.template=\{q\}: 'q' is no key of a row; its keys"):
-        Jsonl(path=str(file), template="{q}").splits()
+    for template in ("{q}", "{prompt.q}", "{prompt[q]}", "{", "{0}"):
+        with pytest.raises(
+            BadInput, match=r"task\.template=.*cannot be filled.*; its keys: prompt"
+        ):
+            Jsonl(path=str(file), template=template).splits()
     file.write_text(json.dumps({"question": "x"}))
     with pytest.raises(BadInput, match="no key 'response' in a row; its keys: question"):
         Jsonl(path=str(file)).splits()
@@ -109,6 +112,30 @@ def test_jsonl_template_and_errors(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=r"no training file in this folder; looked for train\.jsonl"):
         Jsonl(path=str(tmp_path / "empty")).splits()
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "message"),
+    [
+        (Jsonl, "train.jsonl", '{"prompt": "x", "response": null}', "'response' is null in a row"),
+        (GSM8K, "train.jsonl", '{"question": ["x"], "answer": "1"}', "'question' is .* not a text"),
+        (Choice, "train.json", '[{"instruction": {}, "answer": 1, "output": 2}]', "'instruction'"),
+        (Choice, "train.json", '[{"instruction": 1, "answer": 2, "output": 3}]', "answer '2'"),
+        (Classify, "train.tsv", "sentence\tlabel\nshort\n", "'label' is null in a row, not a text"),
+        (Classify, "train.tsv", "text\ty\na\tb\tc\n", "no key 'sentence' .* keys: text, y"),
+    ],
+)  # fmt: skip
+def test_values_that_are_no_text(
+    task: type, name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=rf"task\.path={tmp_path}/{name}: .*{message}"):
+        task(path=str(tmp_path)).splits()
+
+
+def test_a_number_of_json_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": 1, "answer": 2}\n' * 30)
+    assert GSM8K(path=str(tmp_path)).splits().train[0].response == "2"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +173,9 @@ def test_classify_reads_csv_pairs_and_numbers(tmp_path: Path) -> None:
     assert splits.train[0].prompt.startswith("x, ") and "\ny" in splits.train[0].prompt
     with pytest.raises(BadInput, match="no key 'sentence' in a row; its keys: a, b, score"):
         Classify(path=str(file), label="score").splits()
+    file.write_text("sentence,label\n" + "\n".join(f"t{i},nan" for i in range(30)))
+    with pytest.raises(BadInput, match="label 'nan' is not a number"):
+        Classify(path=str(file), regression=True).splits()
     file.write_text("sentence,label\n" + "\n".join(f"t{i},yes" for i in range(30)))
     with pytest.raises(BadInput, match="one class only, 'yes'"):
         Classify(path=str(file)).splits()

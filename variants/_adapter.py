@@ -198,7 +198,7 @@ def _alpha(alpha: float | str | None, rank: int | None, preset: str) -> float:
             value = float(alpha[:-1] or 1) * (rank or 1)
         else:
             value = float(alpha)
-    except ValueError:
+    except (TypeError, ValueError):
         raise Incompatible(f"alpha={alpha}: a number, or a multiple of the rank like 2r") from None
     if not 0 < value < float("inf"):
         raise Incompatible(f"alpha={alpha}: alpha is a positive number")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,8 +209,25 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def column(row: dict[str, Any], key: str, file: Path) -> Any:
-    """row[key], or an error that says which keys there are."""
+def column(row: dict[str, Any], key: str, file: Path) -> str:
+    """The text or number under row[key]; what is missing, or neither, is named."""
     if key not in row:
-        raise BadInput(f"task.path={file}: no key {key!r} in a row; its keys: {', '.join(row)}")
-    return row[key]
+        raise BadInput(f"task.path={file}: no key {key!r} in a row; its keys: {_names(row)}")
+    if not isinstance(row[key], str | int | float):
+        raise BadInput(f"task.path={file}: {key!r} is {json.dumps(row[key])} in a row, not a text")
+    return str(row[key])
+
+
+def filled(template: str, values: Mapping[str, Any]) -> str:
+    """The template with a row's values in its braces."""
+    try:
+        return template.format(**values)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"task.template={template}: cannot be filled from a row ({type(error).__name__}: "
+            f"{error}); its keys: {_names(values)}"
+        ) from None
+
+
+def _names(row: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, row))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._task import BadInput, Item, Splits, Task, column, cut, files, read_rows, require
+from ._task import BadInput, Item, Splits, Task, column, cut, files, filled, read_rows, require
 
 # LLM-Adapters, commonsense_evaluate.py: the instruction's own frame
 PROMPT = (
@@ -53,7 +53,7 @@ class Choice(Task):
                 f"'Answer format: a/b/...' or not in its output"
             )
         choices = tuple(output.replace(answer, label) for label in labels)
-        return Item(name, self.template.format(instruction=instruction), output, choices)
+        return Item(name, filled(self.template, {"instruction": instruction}), output, choices)
 
     def metrics(self, items: Sequence[Item], predictions: Sequence[str]) -> dict[str, float]:
         hits = [p == item.response for item, p in zip(items, predictions, strict=True)]

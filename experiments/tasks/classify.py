@@ -57,7 +57,7 @@ class Classify(Task):
     def labels(self) -> list[str]:
         """The classes, in the order of their indices."""
         file = files(require(self.path, "classify"), (".tsv", ".csv"))["train"]
-        found = {str(column(row, self.label, file)) for row in _table(file)}
+        found = {column(row, self.label, file) for row in _table(file)}
         try:
             return sorted(found, key=float)
         except ValueError:
@@ -77,7 +77,7 @@ class Classify(Task):
     def _items(self, split: str, file: Path) -> list[Item]:
         items = []
         for i, row in enumerate(_table(file)):
-            text, given = column(row, self.text, file), str(column(row, self.label, file))
+            text, given = column(row, self.text, file), column(row, self.label, file)
             if self.pair is not None:
                 text = f"{text}\n{column(row, self.pair, file)}"
             items.append(Item(f"{split}/{i}", text, given, label=self._value(given, file)))
@@ -89,9 +89,12 @@ class Classify(Task):
                 raise BadInput(f"task.path={file}: label {given!r} is not in the training file")
             return float(self.labels.index(given))
         try:
-            return float(given)
+            value = float(given)
         except ValueError:
-            raise BadInput(f"task.path={file}: label {given!r} is not a number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise BadInput(f"task.path={file}: label {given!r} is not a number")
+        return value
 
     def examples(self, items: Sequence[Item], tokenizer: Any, seq_len: int) -> list[Example]:
         tokens = token_ids(tokenizer, [item.prompt for item in items])

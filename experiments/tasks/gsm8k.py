@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._task import Item, Splits, Task, column, cut, files, final_number, read_rows, require
+from ._task import Item, Splits, Task, column, cut, files, filled, final_number, read_rows, require
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GSM8K(Task):
         return [
             Item(
                 f"{split}/{i}",
-                self.template.format(question=column(row, "question", file)),
+                filled(self.template, {"question": column(row, "question", file)}),
                 column(row, "answer", file),
             )
             for i, row in enumerate(read_rows(file))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._task import BadInput, Item, Splits, Task, column, cut, exact_match, files, read_rows, require
+from ._task import Item, Splits, Task, column, cut, exact_match, files, filled, read_rows, require
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,9 @@ class Jsonl(Task):
     def _items(self, split: str, file: Path) -> list[Item]:
         items = []
         for i, row in enumerate(read_rows(file)):
-            response = str(column(row, "response", file))
+            response = column(row, "response", file)
             column(row, "prompt", file)
-            try:
-                prompt = self.template.format(**row)
-            except (KeyError, IndexError, ValueError) as error:
-                raise BadInput(
-                    f"task.template={self.template}: {error} is no key of a row; "
-                    f"its keys: {', '.join(row)}"
-                ) from None
+            prompt = filled(self.template, row)
             items.append(Item(str(row.get("id", f"{split}/{i}")), prompt, response))
         return items
 
