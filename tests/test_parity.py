@@ -326,7 +326,7 @@ def test_nf4_is_bitsandbytes_to_the_bit(
     codes, state = functional.quantize_4bit(
         W, blocksize=64, compress_statistics=double, quant_type="nf4"
     )
-    assert torch.equal(stored.codes, codes.view(-1))
+    assert torch.equal(stored.packed, codes.view(-1))
     if double:
         assert torch.equal(stored.nested, state.absmax.view(-1))
         assert torch.equal(stored.absmax.view(torch.float32), state.state2.absmax)

@@ -23,7 +23,7 @@ optimizer; a head is no part of the stored base; what layers share counts once:
 52
 >>> layers = variants.attach(net, "qlora", rank=2, targets="body,lm_head").layers
 >>> {path: type(layer.frozen.stored).__name__ for path, layer in layers.items()}
-{'body': 'Blocks4', 'lm_head': 'Dense'}
+{'body': 'Blocks', 'lm_head': 'Dense'}
 
 A layer may have an alpha of its own; disabled() may stand within disabled():
 

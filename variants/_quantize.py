@@ -1,23 +1,42 @@
-"""Codes in blocks: the engine under the quantized bases. All torch, any device.
+"""Codes in groups: the engine under the quantized bases. All torch, any device.
 
-A matrix is flattened row by row into blocks; each block is divided by its largest absolute value
-and each number becomes the index of the nearest entry of a sorted table. bitsandbytes computes the
-same, to the bit: multiply by the reciprocal, compare with the midpoints of the table.
+    W = table[code] * scale + shift,    one scale (and shift) for `group` numbers, row by row
+
+A matrix is flattened row by row into groups of equal length, the last one short where it must be:
+blocks of 64, rows (group = n) or the whole matrix (group = m n). `nearest` divides each group by
+its largest absolute value and takes the nearest entry of a table; `rounded` puts integers on an
+even grid, as wide as the group. bitsandbytes computes the same, to the bit: multiply by the
+reciprocal, compare with the midpoints of the table.
 
 The nearest entry, of each number in units of the largest by size; scales come back:
 
->>> codes, absmax = encode(torch.tensor([-2.0, 0.8, 1.2, 0.0, 4.0]), (-1.0, 0.0, 1.0), block=4)
+>>> codes, absmax = encode(torch.tensor([-2.0, 0.8, 1.2, 0.0, 4.0]), (-1.0, 0.0, 1.0), group=4)
 >>> codes.tolist(), absmax.tolist()
 ([0, 1, 2, 1, 2], [2.0, 4.0])
 >>> W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
->>> scales = [Blocks4(W, dynamic_map()[::17], 64, double).scales for double in (False, True)]
+>>> scales = [nearest(W, dynamic_map(), 64, double).scales for double in (False, True)]
 >>> bool((scales[0] / scales[1] - 1).abs().max() < 0.02), len(dynamic_map())
 (True, 256)
 
-A block of zeros has the code of zero:
+A group of zeros has the code of zero:
 
->>> encode(torch.zeros(4), (-1.0, 0.0, 1.0), block=4)[0].tolist()
+>>> encode(torch.zeros(4), (-1.0, 0.0, 1.0), group=4)[0].tolist()
 [1, 1, 1, 1]
+
+Eight codes of 3 bits lie in three bytes, the first in the highest bits:
+
+>>> codes = torch.arange(8, dtype=torch.uint8)
+>>> pack(codes, 3).tolist() == [0b00000101, 0b00111001, 0b01110111]
+True
+
+Integers with a zero point reach from the least number to the largest, zero among them, exactly:
+
+>>> W = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-2.0, 0.0, 0.5, 4.0]])
+>>> stored = rounded(W, 2, 4, symmetric=False)
+>>> stored.codes.view(2, 4).tolist(), stored.zero.tolist(), stored.scales.tolist()
+([[0, 1, 2, 3], [0, 1, 1, 3]], [0, 1], [1.0, 2.0])
+>>> stored.dense().tolist()
+[[0.0, 1.0, 2.0, 3.0], [-2.0, 0.0, 0.0, 4.0]]
 """
 
 from functools import cache
@@ -29,7 +48,9 @@ from torch.nn import functional as F
 from ._api import Stored
 from ._registry import Incompatible
 
-TINY = 1e-38  # divides a block of zeros, as bitsandbytes does
+TINY = 1e-38  # divides a group of zeros, as bitsandbytes does
+NESTED = 256  # scales that share a scale, where scales are quantized too
+PACKED = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes that fill whole bytes, bytes
 
 
 @cache
@@ -52,19 +73,19 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def encode(x: Tensor, table: tuple[float, ...], block: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [numel], absmax fp32 [blocks]) of x; the last block may be short."""
-    scaled, absmax = _scaled(x, block)
+def encode(x: Tensor, table: tuple[float, ...], group: int) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [numel], absmax fp32 [groups]) of x; the last group may be short."""
+    scaled, absmax = _scaled(x, group)
     return _nearest(scaled, table)[: x.numel()], absmax
 
 
-def encode_scales(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
     """`encode` with the dynamic map, to the bit as bitsandbytes does it for 8 bits.
 
     Its CPU kernel first rounds to a grid of 65,536 (csrc/cpu_ops.cpp, `norm_to_lut_index`), its
     CUDA kernel does not.
     """
-    scaled, absmax = _scaled(x, block)
+    scaled, absmax = _scaled(x, NESTED)
     if x.device.type == "cpu":
         grid = ((scaled + 1.0) * 0.5 * 65535 + 0.5).trunc()
         scaled = -1.0 + (2.0 * grid) / 65535
@@ -72,70 +93,199 @@ def encode_scales(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return _nearest(scaled, dynamic_map())[: x.numel()], absmax
 
 
-def _scaled(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """([blocks, block] in -1..1, absmax [blocks]); the end is filled with zeros."""
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """fp32 [groups, group] of x, row by row; the end is filled with zeros."""
     flat = x.reshape(-1).float()
-    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
-    absmax = blocks.abs().amax(1)
-    return (blocks * (1.0 / absmax.clamp(min=TINY))[:, None]).clamp(-1, 1), absmax
+    return F.pad(flat, (0, -flat.numel() % group)).view(-1, group)
+
+
+def _scaled(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """([groups, group] in -1..1, absmax [groups])."""
+    groups = _grouped(x, group)
+    absmax = groups.abs().amax(1)
+    return (groups * (1.0 / absmax.clamp(min=TINY))[:, None]).clamp(-1, 1), absmax
 
 
 def _nearest(scaled: Tensor, table: tuple[float, ...]) -> Tensor:
-    values = _table(table, scaled.device)
+    values, order = _table(table, scaled.device).sort(stable=True)
     codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)
+    if tuple(sorted(table)) != table:
+        codes = order[codes]
     return codes.to(torch.uint8).view(-1)
 
 
-def decode(codes: Tensor, absmax: Tensor, table: tuple[float, ...], block: int) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, table: tuple[float, ...], group: int) -> Tensor:
     """fp32 [numel]: the inverse of `encode`, up to the rounding to the table."""
     values = _table(table, codes.device)[codes.int()]
-    blocks = F.pad(values, (0, -values.numel() % block)).view(-1, block)
-    return (blocks * absmax[:, None]).view(-1)[: values.numel()]
+    return (_grouped(values, group) * scales[:, None]).view(-1)[: values.numel()]
 
 
-class Blocks4(Stored):
-    """A matrix as 4-bit codes, two in a byte (the first in the high half), with a scale a block.
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [numel] in as few bytes, the first in the highest bits, the end filled with 0."""
+    count, size = PACKED[bits]
+    if count == 1:
+        return codes
+    lanes = F.pad(codes, (0, -codes.numel() % count)).view(-1, count)
+    word = torch.zeros_like(lanes[:, 0], dtype=torch.int32 if size > 1 else torch.uint8)
+    for lane in range(count):
+        word |= lanes[:, lane].to(word.dtype) << bits * (count - 1 - lane)
+    if size == 1:
+        return word
+    parts = [(word >> 8 * (size - 1 - i) & 255).to(torch.uint8) for i in range(size)]
+    return torch.stack(parts, dim=1).view(-1)
 
-    With `double`, the scales themselves are 8-bit codes of the dynamic type in blocks of 256,
-    after their mean is taken out. fp32 tensors lie in integer buffers, so that `model.to(dtype)`
-    cannot round them.
+
+def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """uint8 codes [numel]: the inverse of `pack`."""
+    count, size = PACKED[bits]
+    if count == 1:
+        return packed[:numel]
+    word = packed
+    if size > 1:
+        places = packed.view(-1, size).int()
+        word = sum((places[:, i] << 8 * (size - 1 - i) for i in range(size)), places.new_zeros(()))
+    mask = (1 << bits) - 1
+    lanes = [(word >> bits * (count - 1 - i) & mask).to(torch.uint8) for i in range(count)]
+    return torch.stack(lanes, dim=1).view(-1)[:numel]
+
+
+class Blocks(Stored):
+    """A matrix as packed codes of k bits, with a fp32 scale for each group of numbers.
+
+    With `double` the scales themselves are 8-bit codes of the dynamic type in blocks of 256, after
+    their mean is taken out. A group's `shift` is -zero * scale with a zero point (`zero`, uint8),
+    or a number of its own (`shift`, fp32). fp32 tensors lie in integer buffers, so that
+    `model.to(dtype)` cannot round them.
+
+    Args:
+        like: a tensor of the matrix's shape [m, n] and dtype; its numbers are not read.
+        codes: uint8 [m n], row by row.
+        scales: fp32 [groups], groups = ceil(m n / group).
+        table: the 2^k values of the codes.
+        zero: uint8 [groups], integer zero points; the table then counts 0, 1, 2, ...
+        shift: fp32 [groups], in place of `zero`.
     """
 
-    codes: Tensor
-    nested: Tensor
-    offset: Tensor
+    packed: Tensor
     absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+    zero: Tensor | None
+    shifts: Tensor | None
 
-    def __init__(self, W: Tensor, table: tuple[float, ...], block: int, double: bool) -> None:
-        super().__init__(W)
-        if not torch.isfinite(W).all():
-            raise Incompatible("a weight with numbers that are not finite cannot be quantized")
-        self.table, self.block, self.nested_scales = table, block, double
-        codes, absmax = encode(W, table, block)
-        zero = _nearest(torch.zeros(codes.numel() % 2), table)  # an odd matrix ends in half a byte
-        pairs = torch.cat((codes, zero.to(codes.device))).view(-1, 2)
-        self.register_buffer("codes", pairs[:, 0] << 4 | pairs[:, 1])
+    def __init__(
+        self,
+        like: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        table: tuple[float, ...],
+        group: int,
+        *,
+        double: bool = False,
+        zero: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> None:
+        super().__init__(like)
+        m, n = self.shape
+        self.table, self.group = table, group
+        self.k = len(table).bit_length() - 1
+        if group < 1:
+            raise Incompatible(f"group={group}: numbers that share a scale, 1 or more")
+        wanted = -(-m * n // group)
+        for name, tensor in (("scales", scales), ("zero points", zero), ("shifts", shift)):
+            if tensor is not None and tensor.numel() != wanted:
+                raise Incompatible(
+                    f"group={group}: a [{m}, {n}] matrix in groups of {group} numbers has {wanted} "
+                    f"{name}, not {tensor.numel()}"
+                )
+        self.register_buffer("packed", pack(codes, self.k))
+        nested = offset = None
         if double:
-            offset = absmax.mean()
-            nested, absmax = encode_scales(absmax - offset, 256)
-            self.register_buffer("nested", nested)
-            self.register_buffer("offset", offset.view(torch.int32))
-        self.register_buffer("absmax", absmax.view(torch.int32))
+            mean = scales.mean()
+            nested, scales = encode_scales(scales - mean)
+            offset = mean.view(torch.int32)
+        self.register_buffer("nested", nested)
+        self.register_buffer("offset", offset)
+        self.register_buffer("absmax", scales.view(torch.int32))
+        self.register_buffer("zero", zero)
+        self.register_buffer("shifts", None if shift is None else shift.view(torch.int32))
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [m n], unpacked."""
+        return unpack(self.packed, self.k, self.shape[0] * self.shape[1])
 
     @property
     def scales(self) -> Tensor:
-        """fp32, one a block."""
+        """fp32 [groups]."""
         absmax = self.absmax.view(torch.float32)
-        if not self.nested_scales:
+        if self.nested is None or self.offset is None:
             return absmax
-        return decode(self.nested, absmax, dynamic_map(), 256) + self.offset.view(torch.float32)
+        return decode(self.nested, absmax, dynamic_map(), NESTED) + self.offset.view(torch.float32)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """fp32 [groups], or None."""
+        if self.zero is not None:
+            return -self.zero.float() * self.scales
+        return None if self.shifts is None else self.shifts.view(torch.float32)
+
+    def decode_into(self, out: Tensor) -> None:
+        """Writes the matrix into `out` [m, n] of any floating dtype, computed in fp32."""
+        values, shift = decode(self.codes, self.scales, self.table, self.group), self.shift
+        if shift is not None:
+            values = values + shift.repeat_interleave(self.group)[: values.numel()]
+        out.copy_(values.view(self.shape))
 
     def dense(self) -> Tensor:
-        m, n = self.shape
-        codes = torch.stack((self.codes >> 4, self.codes & 15), dim=1).view(-1)[: m * n]
-        return decode(codes, self.scales, self.table, self.block).view(m, n).to(self.dtype)
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.packed.device)
+        self.decode_into(out)
+        return out
 
     @property
     def bits(self) -> int:
         """The stored tensors, without the table and the one offset, which no matrix scales with."""
-        return super().bits - (32 if self.nested_scales else 0)
+        return super().bits - (0 if self.offset is None else 32)
+
+
+def nearest(W: Tensor, table: tuple[float, ...], group: int, double: bool = False) -> Blocks:
+    """W with each group divided by its largest absolute value, as the nearest codes of a table."""
+    _refuse(W, group)
+    codes, absmax = encode(W, table, group)
+    fill = -codes.numel() % PACKED[len(table).bit_length() - 1][0]
+    if fill:  # a matrix that ends within a byte: zeros to its end
+        codes = torch.cat((codes, _nearest(torch.zeros(fill, device=W.device), table)))
+    return Blocks(W, codes, absmax, table, group, double=double)
+
+
+def rounded(
+    W: Tensor, bits: int, group: int, symmetric: bool = True, double: bool = False
+) -> Blocks:
+    """W as integers of `bits` bits on an even grid.
+
+    Symmetric: -q..q times absmax / q, q = 2^(bits-1) - 1. Asymmetric, as GPTQ has it: from the
+    least number or 0 to the largest or 0 in 2^bits - 1 steps, with a zero point.
+    """
+    _refuse(W, group)
+    groups, top = _grouped(W, group), 2**bits - 1
+    if symmetric:
+        half = top // 2
+        scales, zero = groups.abs().amax(1) / half, None
+        places = (groups / scales.clamp(min=TINY)[:, None]).round() + (half + 1)
+        table = tuple(float(i - half - 1) for i in range(top + 1))
+    else:
+        low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+        scales = (high - low) / top
+        scales[scales == 0] = 1.0
+        zero = (-low / scales).round()
+        places = (groups / scales[:, None]).round() + zero[:, None]
+        table, zero = tuple(float(i) for i in range(top + 1)), zero.to(torch.uint8)
+    codes = places.clamp(0, top).to(torch.uint8).view(-1)[: W.numel()]
+    return Blocks(W, codes, scales, table, group, double=double, zero=zero)
+
+
+def _refuse(W: Tensor, group: int) -> None:
+    if group < 1:
+        raise Incompatible(f"group={group}: numbers that share a scale, 1 or more")
+    if not torch.isfinite(W).all():
+        raise Incompatible("a weight with numbers that are not finite cannot be quantized")

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ._api import Base, Stored
-from ._quantize import Blocks4
+from ._quantize import nearest
 from ._registry import preset
 
 NF4_VALUES = (
@@ -64,7 +64,7 @@ class NF4(Base, name="nf4"):
     lossy = True
 
     def store(self, W: Tensor) -> Stored:
-        return Blocks4(W, NF4_VALUES, self.block, double=False)
+        return nearest(W, NF4_VALUES, self.block)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class NF4Double(Base, name="nf4_dq"):
     lossy = True
 
     def store(self, W: Tensor) -> Stored:
-        return Blocks4(W, NF4_VALUES, self.block, double=True)
+        return nearest(W, NF4_VALUES, self.block, double=True)
 
 
 preset(
