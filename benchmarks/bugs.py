@@ -1252,8 +1252,8 @@ BUGS = [
     ),
     Bug(
         "_quantize",
-        "(values[:-1] + values[1:]) / 2",
-        "values[1:]",
+        "return (values[:-1] + values[1:]) / 2",
+        "return values[1:]",
         "rounds down, not to the nearest",
         "qlora; lora base=nf4",
     ),
@@ -1273,8 +1273,8 @@ BUGS = [
     ),
     Bug(
         "_quantize",
-        "F.pad(flat, (0, -flat.numel() % group))",
-        "F.pad(flat, (0, flat.numel() % group))",
+        "x.reshape(-1).float(), -x.numel() % group",
+        "x.reshape(-1).float(), x.numel() % group",
         "the last block filled to the wrong length",
         "qlora; lora base=nf4",
     ),

@@ -49,6 +49,7 @@ from ._api import Stored
 from ._registry import Incompatible
 
 TINY = 1e-38  # divides a group of zeros, as bitsandbytes does
+AT_ONCE = 2**20  # numbers: what is at hand then fits a cache
 NESTED = 256  # scales that share a scale, where scales are quantized too
 PACKED = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes that fill whole bytes, bytes
 
@@ -75,8 +76,16 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def encode(x: Tensor, table: tuple[float, ...], group: int) -> tuple[Tensor, Tensor]:
     """(codes uint8 [numel], absmax fp32 [groups]) of x; the last group may be short."""
-    scaled, absmax = _scaled(x, group)
-    return _nearest(scaled, table)[: x.numel()], absmax
+    groups, parts = _grouped(x, group), []
+    for part in groups.split(max(1, AT_ONCE // group)):
+        scaled, absmax = _scaled(part)
+        parts.append((_nearest(scaled, table), absmax))
+    codes, absmax = (torch.cat(own) for own in zip(*parts, strict=True))
+    if x.numel() % group and x.device.type == "cpu":
+        # bitsandbytes multiplies by 1 / absmax, but on the CPU it divides a group that is short
+        absmax[-1] = absmax[-1].clamp(min=TINY)
+        codes[-group:] = _nearest((groups[-1] / absmax[-1]).clamp(-1, 1), table)
+    return codes[: x.numel()], absmax
 
 
 def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +94,7 @@ def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
     Its CPU kernel first rounds to a grid of 65,536 (csrc/cpu_ops.cpp, `norm_to_lut_index`), its
     CUDA kernel does not.
     """
-    scaled, absmax = _scaled(x, NESTED)
+    scaled, absmax = _scaled(_grouped(x, NESTED))
     if x.device.type == "cpu":
         grid = ((scaled + 1.0) * 0.5 * 65535 + 0.5).trunc()
         scaled = -1.0 + (2.0 * grid) / 65535
@@ -95,23 +104,36 @@ def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grouped(x: Tensor, group: int) -> Tensor:
     """fp32 [groups, group] of x, row by row; the end is filled with zeros."""
-    flat = x.reshape(-1).float()
-    return F.pad(flat, (0, -flat.numel() % group)).view(-1, group)
+    flat, rest = x.reshape(-1).float(), -x.numel() % group
+    return (F.pad(flat, (0, rest)) if rest else flat).view(-1, group)
 
 
-def _scaled(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _scaled(groups: Tensor) -> tuple[Tensor, Tensor]:
     """([groups, group] in -1..1, absmax [groups])."""
-    groups = _grouped(x, group)
     absmax = groups.abs().amax(1)
-    return (groups * (1.0 / absmax.clamp(min=TINY))[:, None]).clamp(-1, 1), absmax
+    return (groups * (1.0 / absmax.clamp(min=TINY))[:, None]).clamp_(-1, 1), absmax
+
+
+@cache
+def _midpoints(table: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(fp32 numbers between the sorted values of a table, the code of each value)."""
+    values, order = torch.tensor(table).sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
 
 
 def _nearest(scaled: Tensor, table: tuple[float, ...]) -> Tensor:
-    values, order = _table(table, scaled.device).sort(stable=True)
-    codes = torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)
+    """uint8 [numel]: how many midpoints lie below each number, as the table's codes."""
+    midpoints, order = _midpoints(table)
+    if len(table) > 16:
+        bounds = midpoints.to(scaled.device)
+        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    else:  # a comparison with each is several times faster than a search
+        codes = torch.zeros_like(scaled, dtype=torch.uint8)
+        for midpoint in midpoints.tolist():
+            codes += scaled > midpoint
     if tuple(sorted(table)) != table:
-        codes = order[codes]
-    return codes.to(torch.uint8).view(-1)
+        codes = order.to(scaled.device)[codes.int()]
+    return codes.view(-1)
 
 
 def decode(codes: Tensor, scales: Tensor, table: tuple[float, ...], group: int) -> Tensor:
@@ -189,8 +211,7 @@ class Blocks(Stored):
         m, n = self.shape
         self.table, self.group = table, group
         self.k = len(table).bit_length() - 1
-        if group < 1:
-            raise Incompatible(f"group={group}: numbers that share a scale, 1 or more")
+        _refuse_group(group)
         wanted = -(-m * n // group)
         for name, tensor in (("scales", scales), ("zero points", zero), ("shifts", shift)):
             if tensor is not None and tensor.numel() != wanted:
@@ -250,8 +271,9 @@ class Blocks(Stored):
 
 def nearest(W: Tensor, table: tuple[float, ...], group: int, double: bool = False) -> Blocks:
     """W with each group divided by its largest absolute value, as the nearest codes of a table."""
-    _refuse(W, group)
+    _refuse_group(group)
     codes, absmax = encode(W, table, group)
+    _refuse_infinite(absmax)
     fill = -codes.numel() % PACKED[len(table).bit_length() - 1][0]
     if fill:  # a matrix that ends within a byte: zeros to its end
         codes = torch.cat((codes, _nearest(torch.zeros(fill, device=W.device), table)))
@@ -266,8 +288,9 @@ def rounded(
     Symmetric: -q..q times absmax / q, q = 2^(bits-1) - 1. Asymmetric, as GPTQ has it: from the
     least number or 0 to the largest or 0 in 2^bits - 1 steps, with a zero point.
     """
-    _refuse(W, group)
+    _refuse_group(group)
     groups, top = _grouped(W, group), 2**bits - 1
+    _refuse_infinite(groups.abs().amax(1))
     if symmetric:
         half = top // 2
         scales, zero = groups.abs().amax(1) / half, None
@@ -284,8 +307,11 @@ def rounded(
     return Blocks(W, codes, scales, table, group, double=double, zero=zero)
 
 
-def _refuse(W: Tensor, group: int) -> None:
+def _refuse_group(group: int) -> None:
     if group < 1:
-        raise Incompatible(f"group={group}: numbers that share a scale, 1 or more")
-    if not torch.isfinite(W).all():
+        raise Incompatible(f"group={group}: how many numbers share a scale, 1 or more")
+
+
+def _refuse_infinite(absmax: Tensor) -> None:
+    if not torch.isfinite(absmax).all():
         raise Incompatible("a weight with numbers that are not finite cannot be quantized")
