@@ -39,7 +39,9 @@ Integers with a zero point reach from the least number to the largest, zero amon
 [[0.0, 1.0, 2.0, 3.0], [-2.0, 0.0, 0.0, 4.0]]
 """
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -181,11 +183,13 @@ class Blocks(Stored):
 
     Args:
         like: a tensor of the matrix's shape [m, n] and dtype; its numbers are not read.
-        codes: uint8 [m n], row by row.
+        codes: uint8 [m n], row by row; with `packed`, the bytes of `pack`.
         scales: fp32 [groups], groups = ceil(m n / group).
         table: the 2^k values of the codes.
         zero: uint8 [groups], integer zero points; the table then counts 0, 1, 2, ...
         shift: fp32 [groups], in place of `zero`.
+        nested, offset: uint8 [groups] and a fp32 number, of scales that are codes already;
+            `scales` then has those of their blocks.
     """
 
     packed: Tensor
@@ -206,27 +210,34 @@ class Blocks(Stored):
         double: bool = False,
         zero: Tensor | None = None,
         shift: Tensor | None = None,
+        packed: bool = False,
+        nested: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> None:
         super().__init__(like)
         m, n = self.shape
         self.table, self.group = table, group
         self.k = len(table).bit_length() - 1
-        _refuse_group(group)
-        wanted = -(-m * n // group)
-        for name, tensor in (("scales", scales), ("zero points", zero), ("shifts", shift)):
-            if tensor is not None and tensor.numel() != wanted:
-                raise Incompatible(
-                    f"group={group}: a [{m}, {n}] matrix in groups of {group} numbers has {wanted} "
-                    f"{name}, not {tensor.numel()}"
-                )
-        self.register_buffer("packed", pack(codes, self.k))
-        nested = offset = None
         if double:
-            mean = scales.mean()
-            nested, scales = encode_scales(scales - mean)
-            offset = mean.view(torch.int32)
+            offset = scales.mean()
+            nested, scales = encode_scales(scales - offset)
+        count, size = PACKED[self.k]
+        groups = -(-m * n // group)
+        wanted = {
+            "codes": (codes, -(-m * n // count) * size if packed else m * n),
+            "scales": (scales if nested is None else nested, groups),
+            "zero points": (zero, groups),
+            "shifts": (shift, groups),
+        }
+        for name, (tensor, length) in wanted.items():
+            if tensor is not None and tensor.numel() != length:
+                raise Incompatible(
+                    f"group={group}: a [{m}, {n}] matrix of {self.k} bits in groups of {group} "
+                    f"numbers has {length} {name}, not {tensor.numel()}"
+                )
+        self.register_buffer("packed", codes if packed else pack(codes, self.k))
         self.register_buffer("nested", nested)
-        self.register_buffer("offset", offset)
+        self.register_buffer("offset", None if offset is None else offset.view(torch.int32))
         self.register_buffer("absmax", scales.view(torch.int32))
         self.register_buffer("zero", zero)
         self.register_buffer("shifts", None if shift is None else shift.view(torch.int32))
@@ -258,6 +269,19 @@ class Blocks(Stored):
             values = values + shift.repeat_interleave(self.group)[: values.numel()]
         out.copy_(values.view(self.shape))
 
+    def to_bitsandbytes(self, name: str = "weight") -> dict[str, Tensor]:
+        """The tensors of bitsandbytes' serialised form, by key; `name` is the weight's own."""
+        from ._bitsandbytes import write
+
+        return write(self, name)
+
+    @classmethod
+    def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], name: str = "weight") -> Self:
+        """The matrix of that name among tensors of bitsandbytes' serialised form."""
+        from ._bitsandbytes import read
+
+        return read(cls, tensors, name)
+
     def dense(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, device=self.packed.device)
         self.decode_into(out)
@@ -271,13 +295,12 @@ class Blocks(Stored):
 
 def nearest(W: Tensor, table: tuple[float, ...], group: int, double: bool = False) -> Blocks:
     """W with each group divided by its largest absolute value, as the nearest codes of a table."""
-    _refuse_group(group)
     codes, absmax = encode(W, table, group)
     _refuse_infinite(absmax)
-    fill = -codes.numel() % PACKED[len(table).bit_length() - 1][0]
-    if fill:  # a matrix that ends within a byte: zeros to its end
-        codes = torch.cat((codes, _nearest(torch.zeros(fill, device=W.device), table)))
-    return Blocks(W, codes, absmax, table, group, double=double)
+    k = len(table).bit_length() - 1
+    rest = torch.zeros(-codes.numel() % PACKED[k][0], device=W.device)
+    packed = pack(torch.cat((codes, _nearest(rest, table))), k)  # zeros to the end of a byte
+    return Blocks(W, packed, absmax, table, group, double=double, packed=True)
 
 
 def rounded(
@@ -288,7 +311,6 @@ def rounded(
     Symmetric: -q..q times absmax / q, q = 2^(bits-1) - 1. Asymmetric, as GPTQ has it: from the
     least number or 0 to the largest or 0 in 2^bits - 1 steps, with a zero point.
     """
-    _refuse_group(group)
     groups, top = _grouped(W, group), 2**bits - 1
     _refuse_infinite(groups.abs().amax(1))
     if symmetric:
@@ -307,9 +329,12 @@ def rounded(
     return Blocks(W, codes, scales, table, group, double=double, zero=zero)
 
 
-def _refuse_group(group: int) -> None:
-    if group < 1:
-        raise Incompatible(f"group={group}: how many numbers share a scale, 1 or more")
+def check_group(part: Any, setting: str) -> None:
+    """Refuses a part whose setting is no number of numbers."""
+    if getattr(part, setting) < 1:
+        raise Incompatible(
+            f"{part}: {setting}={getattr(part, setting)}: 1 or more numbers share a scale"
+        )
 
 
 def _refuse_infinite(absmax: Tensor) -> None:
