@@ -73,7 +73,9 @@ class Kernels(Blocks):
     """Blocks that bitsandbytes quantized, and decodes: by its kernels of the CPU or of CUDA.
 
     Its functions alone, none of its layers: on a CPU those pack their weights anew in the first
-    forward without gradients, and what is merged into them then is lost.
+    forward without gradients, and what is merged into them then is lost. Its decoding on the CPU
+    (0.50.2) is wrong where a row ends within a block, and from 2048 on it is no kernel: this
+    project's own code then takes its place.
     """
 
     @classmethod
@@ -95,6 +97,11 @@ class Kernels(Blocks):
     def dense(self) -> Tensor:
         from bitsandbytes import functional
 
+        whole = self.shape[1] % self.group == 0 and self.group < 2048
+        if self.packed.device.type == "cpu" and not whole:
+            out = torch.empty(self.shape, dtype=self.dtype)
+            super().decode_into(out)
+            return out
         state = functional.QuantState(
             absmax=self.absmax.view(torch.float32),
             shape=torch.Size(self.shape),

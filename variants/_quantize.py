@@ -312,11 +312,12 @@ def rounded(
     least number or 0 to the largest or 0 in 2^bits - 1 steps, with a zero point.
     """
     groups, top = _grouped(W, group), 2**bits - 1
-    _refuse_infinite(groups.abs().amax(1))
+    absmax = groups.abs().amax(1)
+    _refuse_infinite(absmax)
     if symmetric:
-        half = top // 2
-        scales, zero = groups.abs().amax(1) / half, None
-        places = (groups / scales.clamp(min=TINY)[:, None]).round() + (half + 1)
+        half, zero = top // 2, None
+        scales, steps = absmax / half, (half / absmax).nan_to_num(0.0, posinf=0.0)  # of zeros: 0
+        places = (groups * steps[:, None]).round() + (half + 1)
         table = tuple(float(i - half - 1) for i in range(top + 1))
     else:
         low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
