@@ -225,7 +225,9 @@ class Run:
         self.planned, self.device, self.screen, self.began = planned, device, screen, began
         self.path, self.checkpoints = prepared.folder.path, prepared.folder.path / "checkpoint"
         loaded.model.to(device)
+        codes = [m.shape for m in loaded.model.modules() if isinstance(m, Stored)]  # of its files
         self.numbers = sum(p.numel() for p in loaded.model.parameters())  # before the adapter
+        self.numbers += sum(m * n for m, n in codes)
         if settings.train.activation_checkpointing:
             loaded.model.gradient_checkpointing_enable()
         self.scorer = Scorer(

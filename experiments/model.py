@@ -8,7 +8,7 @@ import json
 import os
 import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from variants._targets import HEADS
 
+from .coded import is_coded, load_coded
 from .config import HF, Config, Tiny
 from .network import online
 from .tasks import BadInput
@@ -182,8 +183,10 @@ def _load(folder: Path, node: Tiny | HF, num_labels: int) -> tuple[Any, Any, boo
         cls = _causal_class(folder)
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise BadInput(f"model.path={folder}: no tokenizer there ({', '.join(TOKENIZERS)})")
+    coded = is_coded(folder)
     try:
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **settings)
+        load = partial(load_coded, cls) if coded else cls.from_pretrained
+        model, info = load(folder, output_loading_info=True, **settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust, local_files_only=True
         )

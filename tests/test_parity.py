@@ -310,41 +310,6 @@ def test_what_peft_cannot_say_is_refused(tmp_path: Path) -> None:
             variants.load_peft(llama(), tmp_path / "lora")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("shape", [(64, 64), (96, 200), (7, 13), (512, 384)])
-def test_nf4_is_bitsandbytes_to_the_bit(
-    shape: tuple[int, int], double: bool, dtype: torch.dtype
-) -> None:
-    functional = pytest.importorskip("bitsandbytes", reason="extra `dev`").functional
-    W = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
-    W[0, :5] = 0.0
-    W[1] = 0.0
-    W = W.to(dtype)
-    base = variants._registry.find_part("base", "nf4_dq" if double else "nf4").load()
-    stored = base.store(W)
-    codes, state = functional.quantize_4bit(
-        W, blocksize=64, compress_statistics=double, quant_type="nf4"
-    )
-    assert torch.equal(stored.codes, codes.view(-1))
-    if double:
-        assert torch.equal(stored.nested, state.absmax.view(-1))
-        assert torch.equal(stored.absmax.view(torch.float32), state.state2.absmax)
-        assert torch.equal(stored.offset.view(torch.float32), state.offset)
-    else:
-        assert torch.equal(stored.scales, state.absmax)
-    dense = functional.dequantize_4bit(codes, state)
-    assert stored.dense().dtype == dtype and torch.equal(stored.dense(), dense)
-
-
-def test_nf4_survives_a_change_of_dtype() -> None:
-    """`model.to(bf16)` must not round the fp32 scales."""
-    base = variants._registry.find_part("base", "nf4_dq").load()
-    stored = base.store(torch.randn(64, 64))
-    before = stored.dense()
-    assert torch.equal(nn.Sequential(stored).to(torch.bfloat16)[0].dense(), before)
-
-
 def test_a_moved_and_coded_base_has_no_peft_file(tmp_path: Path) -> None:
     """nf4(W - B0 A0) is not nf4(W) - B0 A0: refused; a coded base alone is warned of."""
     with pytest.raises(variants.Incompatible, match="init pissa moved the weight before base nf4"):

@@ -34,7 +34,7 @@ def test_variants_stand_alone(file: Path) -> None:
     """torch and the standard library, numpy or scipy; libraries for files where files are read."""
     allowed = {"torch", "numpy", "scipy", "variants", *sys.stdlib_module_names}
     if file.name.startswith("_"):
-        allowed |= {"safetensors", "rich", "transformers"}
+        allowed |= {"safetensors", "rich", "transformers", "bitsandbytes"}
     assert imported(file) <= allowed, imported(file) - allowed
 
 

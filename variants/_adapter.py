@@ -23,7 +23,7 @@ optimizer; a head is no part of the stored base; what layers share counts once:
 52
 >>> layers = variants.attach(net, "qlora", rank=2, targets="body,lm_head").layers
 >>> {path: type(layer.frozen.stored).__name__ for path, layer in layers.items()}
-{'body': 'Blocks4', 'lm_head': 'Dense'}
+{'body': 'Blocks', 'lm_head': 'Dense'}
 
 A layer may have an alpha of its own; disabled() may stand within disabled():
 
@@ -60,7 +60,7 @@ from torch import Tensor, nn
 from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
 from ._calibrate import calibrate
 from ._experts import Unstacked, experts, restack, unstack
-from ._kinds import kind_of, matrix_of
+from ._kinds import kind_of, matrix_of, shape_of
 from ._layer import (
     Adapted,
     Copied,
@@ -270,7 +270,7 @@ def plan(
         if value is None and (ranks if name == "rank_pattern" else alphas):
             raise Incompatible(f"{name}: preset {choice.preset} has no {name.partition('_')[0]}")
     for site in sites:
-        m, n = matrix_of(layers[site.path]).shape
+        m, n = shape_of(layers[site.path])
         m = m if site.rows is None else site.rows[1] - site.rows[0]
         if choice.rank is None:
             asked = int(_has_bias(layers[site.path]))
@@ -661,6 +661,7 @@ def build(
     for path in copied:
         _check_copied(model, path, [item.site.path for item in planned], tensors)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
+    notes = [*notes, *_coded(model, choice, planned)]
     found: Mapping[str, Tensors] = {}
     if tensors is None and needs(choice):
         if calibration is None:
@@ -711,8 +712,35 @@ def build(
                          f"form {choice.form.name} has an s of its own"]  # fmt: skip
     return Adapter(
         model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
-        list(notes), given=frozenset(k for k in tensors or () if k.startswith("shared.")),
+        notes, given=frozenset(k for k in tensors or () if k.startswith("shared.")),
     )  # fmt: skip
+
+
+def _coded(model: nn.Module, choice: Choice, planned: Sequence[Planned]) -> list[str]:
+    """What there is to say, or to refuse, where the model's files have codes for weights."""
+    coded = [path for path, module in all_layers(model).items() if isinstance(module, Frozen)]
+    if coded and choice.base.name != "dense":
+        error = ", with its own error on top of theirs" if choice.base.lossy else ""
+        note = (
+            f"{len(coded)} layers were loaded in codes: base {choice.base.name} stores their "
+            f"decoded weights anew{error}"
+        )
+        warnings.warn(note, stacklevel=4)
+        return [note]
+    for item in planned:
+        if item.site.path in coded:
+            for part in (choice.init, choice.allocation, choice.update):
+                if part.moves_base:
+                    raise Incompatible(
+                        f"{part} moves the weight, and {item.site.name} was loaded in codes, which "
+                        f"take no other number: choose a base that stores it anew (bf16, nf4, ...)"
+                    )
+            if item.site.rows is not None:
+                raise Incompatible(
+                    f"targets={item.site.role}: {item.site.path} was loaded in codes and is not "
+                    f"taken apart: name it whole, or choose a base that stores it anew"
+                )
+    return []
 
 
 def _no_calibration(choice: Choice) -> str:
@@ -793,7 +821,7 @@ def _layer(
         subtracted = (A0, B0)
     if subtracted is not None:
         W = (W0 - subtracted[1] @ subtracted[0]).to(W.dtype)
-    frozen = freeze(module, base, rows, W)
+    frozen = freeze(module, base, rows, None if subtracted is None else W)
     if tensors is not None:
         form = choice.form
         own = {k: tensors.get(f"{name}.{k}") for k in (*item.tensors, *form.constants)}
@@ -843,7 +871,7 @@ def _fuse(module: nn.Module, made: dict[Site, Adapted], base: Base) -> nn.Module
         return made[first]
     by_start = {site.rows[0]: (site, layer) for site, layer in made.items() if site.rows}
     slices: dict[str, nn.Module] = {}
-    begin, end = 0, matrix_of(module).shape[0]
+    begin, end = 0, shape_of(module)[0]
     while begin < end:
         if begin in by_start:
             site, layer = by_start[begin]

@@ -311,6 +311,10 @@ class Base(Part):
         """Stores W [m, n]."""
         raise NotImplementedError  # abstract
 
+    def take(self, stored: "Stored") -> "Stored":
+        """Stores what the model's files had in codes: the decoded matrix, anew."""
+        return self.store(stored.dense())
+
 
 class Stored(torch.nn.Module):
     """A frozen [m, n] matrix in some storage, which moves with the model."""

@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from . import _svd
 from ._api import Allocation, Init, Measuring, wide
 from ._experts import apart
-from ._kinds import kind_of, matrix_of
+from ._kinds import Keeper, kind_of, matrix_of
 from ._registry import Incompatible
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ def _calibrated(
         module = model.get_submodule(item.site.path)
         for part in parts:
             inputs = [k for k in part.needs if k in INPUTS]
+            if "gradient" in part.needs and isinstance(module, Keeper):
+                raise Incompatible(
+                    f"{part} needs the gradient of each weight, and {item.site.name} was loaded in "
+                    f"codes, which have none"
+                )
             if inputs and not kind_of(module)(module).measured:
                 raise Incompatible(
                     f"{part} needs the {inputs[0]} of each layer's inputs, "

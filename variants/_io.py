@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._adapter import Adapter, build, choose, planned_item
-from ._kinds import matrix_of
+from ._kinds import shape_of
 from ._layer import refuse_adapted
 from ._registry import Incompatible
 from ._targets import Site, all_layers
@@ -121,7 +121,7 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
                 f"{path} was made for another model: this one has no layer {saved['path']}"
             )
         rows = None if saved["rows"] is None else (saved["rows"][0], saved["rows"][1])
-        m, n = matrix_of(layers[saved["path"]]).shape
+        m, n = shape_of(layers[saved["path"]])
         m = m if rows is None else rows[1] - rows[0]
         site = Site(saved["path"], saved["role"], rows)
         planned.append(planned_item(choice, site, (m, n), saved["rank"], saved["s"]))

@@ -36,6 +36,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 
+class Keeper(nn.Module):
+    """A layer that keeps its matrix in a storage of its own, and knows of what kind it was."""
+
+    kind: "Kind"
+    stored: Any
+
+
 class Kind:
     """`nn.Linear`, stored as [m, n]: y = x W^T + bias. Other kinds say what differs."""
 
@@ -44,6 +51,9 @@ class Kind:
     drops = True  # its input can be dropped out
 
     def __init__(self, module: Any) -> None:
+        if isinstance(module, Keeper):
+            self.shell = module.kind.shell
+            return
         self.shell = copy.copy(module)  # the module without its numbers: settings, and its forward
         self.shell._parameters = {
             k: p if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
@@ -63,6 +73,8 @@ class Kind:
         return W
 
     def matrix(self, module: Any) -> Tensor:
+        if isinstance(module, Keeper):
+            return module.stored.dense()
         return self.to_matrix(module.weight)
 
     def plain(self, W: Tensor, bias: Tensor | None) -> nn.Module:
@@ -225,7 +237,15 @@ KINDS = (Kind, Conv1DKind, EmbeddingKind, Conv2dKind, NormKind, ExpertKind)
 
 def kind_of(module: nn.Module) -> Any:
     """The kind that owns the module, or None."""
+    if isinstance(module, Keeper):
+        return type(module.kind)
     return next((kind for kind in KINDS if kind.owns(module)), None)
+
+
+def shape_of(module: Any) -> tuple[int, int]:
+    """(m, n) of the module's matrix, without decoding it."""
+    m, n = module.stored.shape if isinstance(module, Keeper) else matrix_of(module).shape
+    return m, n
 
 
 def matrix_of(module: nn.Module) -> Tensor:

@@ -49,13 +49,16 @@ import torch
 from torch import Tensor, nn
 
 from ._api import Base, Form, Stored, Tensors, wide
-from ._kinds import Kind, kind_of
+from ._kinds import Keeper, Kind, kind_of
 from ._product import draw_seed, dropout, low_rank
 from ._registry import Incompatible
 
 
-class Frozen(nn.Module):
-    """A layer of the model whose weight is stored by the base axis, with its own bias."""
+class Frozen(Keeper):
+    """A layer of the model whose weight is stored by the base axis, with its own bias.
+
+    `attach` puts it there, or finds it: in a model whose files have codes for weights.
+    """
 
     bias: Tensor | None
 
@@ -333,6 +336,8 @@ def freeze(
     `W` takes the place of the module's own matrix (an init that moved it).
     """
     kind, bias = kind_of(module)(module), getattr(module, "bias", None)
+    if isinstance(module, Frozen) and rows is None and W is None:
+        return Frozen(base.take(module.stored), bias, kind)
     matrix = kind.matrix(module) if rows is None else kind.matrix(module)[slice(*rows)]
     if rows is not None and bias is not None:
         bias = nn.Parameter(bias[slice(*rows)], requires_grad=False)
@@ -393,5 +398,5 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def refuse_adapted(model: nn.Module) -> None:
     """One adapter a model: a second would train on the first one's frozen layers."""
-    if any(True for _ in stand_ins(model)):
+    if any(isinstance(module, Adapted) for module in model.modules()):
         raise Incompatible("the model has an adapter already: merge() or detach() it first")

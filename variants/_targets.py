@@ -15,7 +15,7 @@ from ._kinds import (
     Kind,
     NormKind,
     kind_of,
-    matrix_of,
+    shape_of,
 )
 from ._registry import Incompatible
 
@@ -170,7 +170,7 @@ def _match(
 
 def _shares(model: nn.Module, parts: tuple[str, ...], module: nn.Module) -> list[int]:
     """The output rows of each part of a fused layer."""
-    m = matrix_of(module).shape[0]
+    m, _ = shape_of(module)
     heads = dict.fromkeys(parts, 1)
     config: Any = getattr(model, "config", None)
     config = getattr(config, "get_text_config", lambda: config)()

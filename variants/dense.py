@@ -41,10 +41,13 @@ class Dense(Stored):
 
 @dataclass(frozen=True)
 class AsLoaded(Base, name="dense"):
-    """The dtype of the model as loaded."""
+    """The dtype of the model as loaded; codes, where its files have them."""
 
     def store(self, W: Tensor) -> Stored:
         return Dense(W, W.dtype)
+
+    def take(self, stored: Stored) -> Stored:
+        return stored
 
 
 @dataclass(frozen=True)
