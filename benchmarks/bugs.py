@@ -1113,8 +1113,8 @@ BUGS = [
     ),
     Bug(
         "_product",
-        "return g @ ctx.dense().to(g.dtype), None, gb",
-        "return g @ ctx.dense().to(g.dtype), None, None",
+        "return gx, None, gb, None",
+        "return gx, None, None, None",
         "the bias of a quantized layer rests",
         "bitfit; bitfit base=nf4; qlora",
     ),
@@ -1642,10 +1642,10 @@ BUGS = [
     ),
     Bug("_svd", "(count - r) // 2", "count // 2", "the middle begins at the middle", "milora"),
     Bug(
-        "_quantize",
-        "mask = (1 << bits) - 1",
-        "mask = (1 << bits - 1) - 1",
-        "three bits for four",
+        "_decode",
+        "sets.view(WIDE[together])",
+        "sets.flip(1).contiguous().view(WIDE[together])",
+        "the second code of a byte comes first",
         "qlora; lora base=nf4",
     ),
     Bug(

@@ -9,7 +9,8 @@ in the layers (p) and in an allocation's state.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -327,9 +328,14 @@ class Stored(torch.nn.Module):
         """The matrix [m, n] in `dtype`; decoded where the storage is a code."""
         raise NotImplementedError  # abstract
 
+    @contextmanager
+    def decoded(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """`with stored.decoded(dtype) as W`: the matrix [m, n], which nobody keeps after it."""
+        yield self.dense().to(dtype)
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> x W^T + bias [..., m], keeping for backward nothing but the storage."""
-        return frozen_product(x, self.dense, bias)
+        return frozen_product(x, self.decoded, bias)
 
     def set(self, W: Tensor) -> None:
         """Stores another matrix in place of this one, where the storage can take any number."""

@@ -119,6 +119,8 @@ class Kernels(Blocks):
             state.nested = True
         return functional.dequantize_4bit(self.packed[:, None], state).to(self.dtype)
 
+    decoded = Stored.decoded  # on a CPU bitsandbytes writes to memory of its own alone
+
     def decode_into(self, out: Tensor) -> None:
         out.copy_(self.dense())
 

@@ -15,32 +15,43 @@ True
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Decoded = Callable[[torch.dtype], AbstractContextManager[Tensor]]
+
 
 class _Frozen(torch.autograd.Function):
-    """x W^T + bias for a frozen W that is decoded when needed: in forward, again in backward."""
+    """x W^T + bias, or x W (`back`), for a frozen W that is decoded here and again in backward.
+
+    Its own derivative is the other of the two, so that no derivative of any order keeps a W.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.dense, ctx.bias = dense, bias if bias is None else bias.dtype
-        return F.linear(x, dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, decoded: Decoded, bias: Tensor | None, back: bool) -> Tensor:
+        ctx.decoded, ctx.back, ctx.bias = decoded, back, bias if bias is None else bias.dtype
+        with decoded(x.dtype) as W:
+            if back:
+                return x @ W
+            return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        g, gb = grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        g, gx, gb = grads[0], None, None
+        if ctx.needs_input_grad[0]:
+            gx = _Frozen.apply(g, ctx.decoded, None, not ctx.back)
         if ctx.needs_input_grad[2]:
             gb = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias)
-        return g @ ctx.dense().to(g.dtype), None, gb
+        return gx, None, gb, None  # type: ignore[return-value]
 
 
-def frozen_product(x: Tensor, dense: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """x [..., n] -> x W^T + bias [..., m], W = dense(), in the dtype of x."""
-    return _Frozen.apply(x, dense, bias)  # type: ignore[return-value]
+def frozen_product(x: Tensor, decoded: Decoded, bias: Tensor | None) -> Tensor:
+    """x [..., n] -> x W^T + bias [..., m] in the dtype of x, W [m, n] as `decoded` lends it."""
+    return _Frozen.apply(x, decoded, bias, False)  # type: ignore[return-value]
 
 
 class _LowRank(torch.autograd.Function):

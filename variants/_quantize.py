@@ -39,7 +39,8 @@ Integers with a zero point reach from the least number to the largest, zero amon
 [[0.0, 1.0, 2.0, 3.0], [-2.0, 0.0, 0.0, 4.0]]
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Self
 
@@ -47,6 +48,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import _decode
 from ._api import Stored
 from ._registry import Incompatible
 
@@ -69,11 +71,6 @@ def dynamic_map() -> tuple[float, ...]:
         values += (10 ** (exponent - 6) * fractions).tolist()
         values += (-(10 ** (exponent - 6)) * fractions).tolist()
     return tuple(sorted(values))
-
-
-@cache
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def encode(x: Tensor, table: tuple[float, ...], group: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +137,8 @@ def _nearest(scaled: Tensor, table: tuple[float, ...]) -> Tensor:
 
 def decode(codes: Tensor, scales: Tensor, table: tuple[float, ...], group: int) -> Tensor:
     """fp32 [numel]: the inverse of `encode`, up to the rounding to the table."""
-    values = _table(table, codes.device)[codes.int()]
-    return (_grouped(values, group) * scales[:, None]).view(-1)[: values.numel()]
+    out = torch.empty(codes.numel(), device=codes.device)
+    return _decode.decode(codes, 8, table, scales, None, group, out)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -263,11 +260,20 @@ class Blocks(Stored):
         return None if self.shifts is None else self.shifts.view(torch.float32)
 
     def decode_into(self, out: Tensor) -> None:
-        """Writes the matrix into `out` [m, n] of any floating dtype, computed in fp32."""
-        values, shift = decode(self.codes, self.scales, self.table, self.group), self.shift
-        if shift is not None:
-            values = values + shift.repeat_interleave(self.group)[: values.numel()]
-        out.copy_(values.view(self.shape))
+        """Writes the matrix into `out` [m, n], contiguous, of any floating dtype; fp32 inside."""
+        scales, shift = self.scales, self.shift
+        _decode.decode(self.packed, self.k, self.table, scales, shift, self.group, out)
+
+    @contextmanager
+    def decoded(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        with _decode.workspace(self.shape, dtype, self.packed.device) as W:
+            if dtype == self.dtype or self.dtype.itemsize >= 4:
+                self.decode_into(W)
+            else:  # rounded to what `dense` gives, as every other use of the matrix is
+                with _decode.workspace(self.shape, self.dtype, self.packed.device) as rounded:
+                    self.decode_into(rounded)
+                    W.copy_(rounded)
+            yield W
 
     def to_bitsandbytes(self, name: str = "weight") -> dict[str, Tensor]:
         """The tensors of bitsandbytes' serialised form, by key; `name` is the weight's own."""

@@ -1,0 +1,230 @@
+"""Products through a 4-bit matrix beside the dense one and bitsandbytes': one process, no model.
+
+    python -m benchmarks.quantization [--threads N] [--rounds N] [--double] [--json FILE]
+
+NF4 in blocks of 64, a 2048 x 2048 matrix, forward and backward apart, in fp32 and bf16. Contenders:
+the dense product; `torch`, this project's decoding by torch; `compiled`, the same in C; `backend`,
+this project's product over bitsandbytes' functions; `bnb`, bitsandbytes' `matmul_4bit`, which PEFT
+calls; `bnb parts`, its `dequantize_4bit` and a product. Then decoding alone and quantizing, both of
+4096 x 4096.
+
+Every round runs each contender once, in turns that begin elsewhere each time. A ratio is the median
+of the rounds' own ratios, with the 95 % interval of a median (order statistics); `*` marks one over
+its bound. On a machine that does other work, one thread and `--clock process` (processor time).
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from variants._registry import find_part
+
+TOKENS = (1, 16, 64, 256, 1024, 2048)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
+
+def rounds(calls: dict[str, Callable[[], Any]], count: int, clock: str) -> dict[str, list[float]]:
+    """Seconds of each call in each of `count` rounds, after one that does not count."""
+    now, names = CLOCKS[clock], list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(count + 1):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = now()
+            calls[name]()
+            if i:
+                seconds[name].append(now() - start)
+    return seconds
+
+
+def ratio(these: list[float], those: list[float]) -> tuple[float, float, float]:
+    """(median, lower, upper end of its 95 % interval) of the rounds' ratios."""
+    ratios = sorted(a / b for a, b in zip(these, those, strict=True))
+    n = len(ratios)
+    chances = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    k = 0
+    while sum(chances[: k + 1]) <= 0.025:
+        k += 1
+    low = max(k - 1, 0)
+    return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
+
+
+def decoding(way: str, call: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """call(*args), with this project's decoding done in that way."""
+
+    def run() -> Any:
+        os.environ["LORA_DECODE"] = way
+        return call(*args)
+
+    return run
+
+
+def gradient(y: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> Any:
+    """Backward alone, which can be repeated."""
+    return torch.autograd.grad(y, x, g, retain_graph=True)
+
+
+def bound(contender: str, reference: str, direction: str, tokens: int) -> float | None:
+    """What the ratio should not exceed, where something is asked."""
+    if reference == "dense":
+        return 1.1 if contender == "torch" and tokens >= 1024 else None
+    if direction == "backward":
+        return 1.0 if contender in ("compiled", "backend", "torch") else None
+    if tokens == 64:
+        return {"torch": 1.25, "compiled": 1.0, "backend": 1.0}.get(contender)
+    return None
+
+
+def products(dtype: torch.dtype, double: bool, size: int = 2048) -> dict[str, Any]:
+    """(how this project decodes, product of x [tokens, size]) by contender."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(size, size, generator=generator).mul_(0.02).to(dtype)
+    stored, backend = (
+        find_part("base", "nf4_dq" if double else "nf4").load(backend=name).store(W)
+        for name in ("own", "bitsandbytes")
+    )
+    codes, state = functional.quantize_4bit(
+        W, blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
+    return {
+        "dense": ("torch", lambda x: F.linear(x, W)),
+        "torch": ("torch", stored.product),
+        "compiled": ("compiled", stored.product),
+        "backend": ("torch", backend.product),
+        "bnb": ("torch", lambda x: bitsandbytes.matmul_4bit(x, codes, state)),
+        "bnb parts": ("torch", lambda x: F.linear(x, functional.dequantize_4bit(codes, state))),
+    }
+
+
+def product_rows(dtype: str, double: bool, count: int, clock: str) -> list[dict[str, Any]]:
+    """A row for each number of tokens and direction."""
+    found = []
+    contenders = products(DTYPES[dtype], double)
+    for tokens in TOKENS:
+        generator = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, 2048, generator=generator).to(DTYPES[dtype]).requires_grad_()
+        g = torch.randn(tokens, 2048, generator=generator).to(DTYPES[dtype])
+        calls: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "backward": {}}
+        for name, (way, product) in contenders.items():
+            calls["forward"][name] = decoding(way, product, x)
+            calls["backward"][name] = decoding(way, gradient, product(x), x, g)
+        for direction, own in calls.items():
+            seconds = rounds(own, count, clock)
+            found.append({"dtype": dtype, "tokens": tokens, "direction": direction}
+                         | summary(seconds, ("dense", "bnb"), direction, tokens))  # fmt: skip
+    return found
+
+
+def summary(seconds: dict[str, list[float]], references: tuple[str, ...], direction: str,
+            tokens: int) -> dict[str, Any]:  # fmt: skip
+    """Median milliseconds, and the ratios to the references with interval and bound."""
+    row: dict[str, Any] = {"ms": {k: 1000 * statistics.median(v) for k, v in seconds.items()}}
+    for reference in references:
+        for name in seconds:
+            if name != reference:
+                middle, low, high = ratio(seconds[name], seconds[reference])
+                most = bound(name, reference, direction, tokens)
+                row[f"{name} / {reference}"] = {"ratio": middle, "interval": [low, high],
+                                                "bound": most}  # fmt: skip
+    return row
+
+
+def alone(dtype: str, double: bool, count: int, clock: str) -> list[dict[str, Any]]:
+    """Decoding a 4096 x 4096 matrix, into a workspace or fresh memory, and quantizing it."""
+    from bitsandbytes import functional
+
+    W = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    base = find_part("base", "nf4_dq" if double else "nf4").load()
+    settings: dict[str, Any] = {
+        "blocksize": 64, "compress_statistics": double, "quant_type": "nf4"
+    }  # fmt: skip
+    stored, (codes, state) = base.store(W), functional.quantize_4bit(W, **settings)
+    out = torch.empty_like(W)
+    decoded = rounds({
+        "torch": decoding("torch", stored.decode_into, out),
+        "compiled": decoding("compiled", stored.decode_into, out),
+        "torch, fresh": decoding("torch", stored.dense),
+        "compiled, fresh": decoding("compiled", stored.dense),
+        "bnb": lambda: functional.dequantize_4bit(codes, state),
+    }, count, clock)  # fmt: skip
+    quantized = rounds({
+        "torch": lambda: base.store(W),
+        "bnb": lambda: functional.quantize_4bit(W, **settings),
+    }, count, clock)  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"dtype": dtype, "what": "decode"} | summary(decoded, ("bnb",), "", 0),
+        {"dtype": dtype, "what": "quantize"} | summary(quantized, ("bnb",), "", 0),
+    ]
+    rows[1]["torch / bnb"]["bound"] = 2.0
+    return rows
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """1.08 [1.06, 1.11] of 1.10, with a mark where the median is over its bound."""
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    text = f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    if found["bound"] is None:
+        return text
+    return f"{text} of {found['bound']:.2f}{'*' if found['ratio'] > found['bound'] else ''}"
+
+
+def main() -> None:
+    """The command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description=__doc__)
+    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--double", action="store_true", help="quantize the scales as well")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--json", help="write the rows there as well")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    console = Console(width=170)
+    settings = f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
+    rows: list[dict[str, Any]] = []
+    for dtype in DTYPES:
+        table = Table(title=f"2048 x 2048, {dtype}, {settings}")
+        shown = ["torch / dense", "torch / bnb", "compiled / bnb", "backend / bnb",
+                 "bnb parts / bnb", "compiled / dense"]  # fmt: skip
+        for name in ("tokens", "", "dense ms", "bnb ms", *shown):
+            table.add_column(name, justify="right")
+        for row in product_rows(dtype, given.double, given.rounds, given.clock):
+            rows.append(row)
+            table.add_row(
+                str(row["tokens"]), row["direction"],
+                *(f"{row['ms'][name]:.2f}" for name in ("dense", "bnb")),
+                *(cell(row.get(name)) for name in shown),
+            )  # fmt: skip
+        console.print(table)
+    table = Table(title=f"4096 x 4096, {settings}")
+    shown = ["torch / bnb", "compiled / bnb", "torch, fresh / bnb", "compiled, fresh / bnb"]
+    for name in ("dtype", "", "bnb ms", *shown):
+        table.add_column(name, justify="right")
+    for dtype in DTYPES:
+        for row in alone(dtype, given.double, given.rounds, given.clock):
+            rows.append(row)
+            table.add_row(row["dtype"], row["what"], f"{row['ms']['bnb']:.2f}",
+                          *(cell(row.get(name)) for name in shown))  # fmt: skip
+    console.print(table)
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
