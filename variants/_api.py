@@ -336,7 +336,12 @@ class Base(Part):
         return self.store(stored.dense())
 
     def storing(self, dtype: torch.dtype) -> Storing:
-        """What this base makes of the matrices of a model in `dtype`."""
+        """What this base makes of the matrices of a model in `dtype`.
+
+        >>> from .dense import AsLoaded
+        >>> AsLoaded().storing(torch.bfloat16)(torch.tensor([[1 + 2**-10]])).item()
+        1.0
+        """
         return lambda W: self.store(W.to(dtype)).dense().to(W.dtype)
 
 

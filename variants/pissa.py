@@ -38,6 +38,9 @@ With principal values out of the way, codes lose less; turns make it less still 
 ...     lost.append(torch.linalg.matrix_norm(W0 - stored(W0 - part) - part, "nuc"))
 >>> bool(lost[2] < lost[1] < lost[0]), start.subtract == (start.A, start.B)
 (True, True)
+>>> one = PiSSA(iterations=1)
+>>> torch.equal(one.start_on(stored, W0, 8, 2.0, g, {}).A, one.start(W0, 8, 2.0, g, {}).A)
+True
 """
 
 from dataclasses import dataclass
