@@ -108,6 +108,10 @@ class Form(Part):
         base = layer.frozen.stored.product(x, layer.bias_like(x))
         return base + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
 
+    def absorbed(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":
+        """`stored` with the change in it, exactly and without a new code; None: it has no place."""
+        return None
+
     def bias(self, b0: Tensor | None, p: Tensors) -> Tensor | None:
         """The layer's bias [m]; only a form that changes it says more."""
         return b0
