@@ -1554,6 +1554,33 @@ BUGS = [
     Bug("qera", "error * C.diag().sqrt()", "error", "the weighting forgotten"),
     Bug("qera", "(U.mT @ error)", "(U.mT @ weighted)", "C^(1/2) is not undone in A"),
     Bug("qera", "return Start(A, B / s", "return Start(A, B", "s forgotten in B"),
+    Bug("ir_qlora", ".sum(-1).argmax(1, ", ".sum(-1).argmin(1, ", "the least entropy"),
+    Bug(
+        "ir_qlora", "blocks.median(1, keepdim", "blocks.mean(1, keepdim", "the mean for the median"
+    ),
+    Bug(
+        "ir_qlora",
+        "self.reach * SIGMA, 2 * self.n + 1)",
+        "self.reach, 2 * self.n + 1)",
+        "sigma forgotten above the median",
+    ),
+    Bug("ir_qlora", "E1 / E1.sum(1, keepdim=True)", "E1", "a sum of inputs for their mean"),
+    Bug(
+        "ir_qlora",
+        "* r // n",
+        "% r",
+        "every r-th input, not neighbours",
+    ),
+    Bug("qa_lora", 's * p["B"] @ (p["A"] / self.group)', 's * p["B"] @ p["A"]', "1 / g in merging"),
+    Bug("qa_lora", "stored.shift + change", "change", "the zero points are lost in merging"),
+    Bug("qa_lora", "(ends - n).clamp_min(0)", "0 * ends", "a short group counts as a whole one"),
+    Bug("qa_lora", "math.sqrt(6 / sum(shape))", "math.sqrt(3 / sum(shape))", "not Xavier's bound"),
+    Bug(
+        "qa_lora",
+        "or self.group % stored.group:",
+        "and self.group % stored.group:",
+        "absorbed where the groups lie across",
+    ),
     Bug(
         "_layer",
         "return self.own_restoring or self.subtracted",

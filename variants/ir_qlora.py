@@ -62,7 +62,7 @@ from torch.nn import functional as F
 from ._api import Base, LowRank, Stored, Tensors
 from ._quantize import AT_ONCE, NESTED, Blocks, decode, dynamic_map, encode
 from ._registry import Incompatible, preset
-from .qlora import NF4_VALUES
+from .nf4 import NF4_VALUES
 
 SIGMA = 1 / torch.special.ndtri(torch.tensor(0.9677083, dtype=torch.float64)).item()
 

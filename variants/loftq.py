@@ -15,7 +15,7 @@ began. Where a base loses nothing of a matrix, its best s B A is zero: the form'
 What is left of the error are its singular values from r on, whatever s is; turns make it smaller:
 
 >>> import torch
->>> from .qlora import NF4
+>>> from .nf4 import NF4
 >>> g, stored = torch.Generator().manual_seed(0), NF4().storing(torch.float32)
 >>> W0 = torch.randn(96, 64, generator=g)
 >>> def left(s=0.25, **settings):

@@ -27,7 +27,7 @@ The model starts where it was, the base does not; and s B A is the best rank-r p
 
 With principal values out of the way, codes lose less; turns make it less still (nuclear norms):
 
->>> from .qlora import NF4
+>>> from .nf4 import NF4
 >>> g, stored = torch.Generator().manual_seed(0), NF4().storing(torch.float32)
 >>> U, V = (torch.linalg.qr(torch.randn(96, 96, generator=g)).Q for _ in range(2))
 >>> W0 = U * torch.arange(1, 97) ** -0.5 @ V

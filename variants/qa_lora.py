@@ -35,6 +35,15 @@ True
 (True, True)
 >>> QALoRA(group=4).absorbed(rounded(W, 4, 6), p, 0.5) is None  # these groups lie across
 True
+
+A short group has its own mean; Xavier's bound is sqrt(6 / (r + n/g)):
+
+>>> ones = {"A": torch.ones(1, 2), "B": torch.ones(1, 1)}
+>>> QALoRA(group=4).weight(torch.zeros(1, 6), ones, 1.0).tolist()
+[[0.25, 0.25, 0.25, 0.25, 0.5, 0.5]]
+>>> A = QALoRA(group=2).start(torch.zeros(9, 400), 200, 1.0, g)["A"]
+>>> A.shape, 0.122 < A.abs().max().item() < 0.0151**0.5
+(torch.Size([200, 200]), True)
 """
 
 import math

@@ -16,7 +16,7 @@ that rank leaves so little; where features are uncorrelated, `approx` is no less
 
 >>> import torch
 >>> from .loftq import LoftQ
->>> from .qlora import NF4
+>>> from .nf4 import NF4
 >>> g, stored = torch.Generator().manual_seed(0), NF4().storing(torch.float64)
 >>> W0, X = (torch.randn(n, 24, generator=g).double() for n in (64, 200))
 >>> X = X * torch.arange(1, 25) ** -1.0 @ torch.randn(24, 24, generator=g).double()
@@ -103,8 +103,8 @@ class QERA(Init, name="qera"):
 
 preset(
     "qera",
-    init="qera",
-    base="nf4_dq",
+    init={"name": "qera", "mode": "approx"},
+    base={"name": "fp4", "double": True},
     rank=128,
     alpha="2r",
     lr=3e-5,
