@@ -464,7 +464,7 @@ class Run:
                 "restoring_bytes": sum(
                     t.nbytes
                     for layer in adapter.layers.values()
-                    for t in (*(layer.subtracted or ()), layer.kept)
+                    for t in (*(layer.subtracted or ()), *(layer.own_restoring or ()), layer.kept)
                     if t is not None
                 ),
             },

@@ -35,7 +35,7 @@ def test_hydra_builds_the_same_variant(name: str) -> None:
 def test_an_axis_and_a_setting_from_the_command_line() -> None:
     words = ["variant=dora", "variant/init=pissa", "variant/base=nf4"]
     built = settings(*words, "variant.form.detach_norm=false", "variant.init.method=exact").variant
-    assert built["init"] == {"name": "pissa", "method": "exact"}
+    assert built["init"] == {"name": "pissa", "method": "exact", "iterations": 1}
     assert built["base"]["name"] == "nf4" and built["form"]["detach_norm"] is False
 
 

@@ -103,7 +103,8 @@ def test_the_gradient_of_an_expert_is_that_of_its_place_in_the_stack(name: str) 
         def reduce(self, W0: Any, found: Any, r: int) -> Any:
             return dict(found)
 
-    found, _ = calibrate(model, choose("lora", 2, init=Kept()), planned, [batch])
+    bases = {item.site.path: choice.base for item in planned}
+    found, _ = calibrate(model, choose("lora", 2, init=Kept()), planned, [batch], bases)
     assert dict(experts.named_parameters()) == stacks and list(model.state_dict()) == keys
     model(**batch).loss.backward()
     for path, own in found.items():

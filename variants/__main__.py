@@ -136,6 +136,8 @@ def _conduct(known: dict[str, Any]) -> list[tuple[str, str]]:
     base = "frozen, as it was loaded"
     if those("replaces"):
         base = f"{those('replaces')[0]} trains in place of W; the original is kept"
+    elif those("joint"):
+        base = f"frozen; A and B make up for what it loses, by {those('joint')[0]}"
     elif those("moves_base"):
         when = "once, at the start" if parts["init"].traits["moves_base"] else "while training"
         base = f"moved {when}, by {those('moves_base')[0]}; the original is kept"

@@ -455,7 +455,7 @@ class Adapter:
             self.choice.allocation.resumed(self.layers, self.allocation_state)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter by name, as saved: trained, constant and subtracted."""
+        """Every tensor of the adapter by name, as saved: trained, constant and what restores W0."""
         found: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             found |= {
@@ -467,6 +467,8 @@ class Adapter:
                 found[f"{name}.moved.W0"] = layer.W0
             for k, t in zip("AB", layer.subtracted or (), strict=False):
                 found[f"{name}.subtracted.{k}"] = t
+            for k, t in zip("AB", layer.own_restoring or (), strict=False):
+                found[f"{name}.restoring.{k}"] = t
         for key, tensors in self.shared.items():
             own = {f"shared.{key}.{k}": t for k, t in tensors.items()}
             redrawn = {f"shared.{key}.{k}" for k in self.choice.form.redrawn} - self.given
@@ -491,7 +493,10 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The original model (as its base stores it), for as long as the context lasts."""
+        """The original model, for as long as the context lasts.
+
+        On a lossy base: as that stores it, Q, or Q + s B0 A0 where the init moved the base.
+        """
         self._refuse_ended()
         switches: list[Any] = [*self.layers.values(), *self.saved_modules.values()]
         before = [switch.enabled for switch in switches]
@@ -528,8 +533,9 @@ class Adapter:
     def detach(self) -> nn.Module:
         """Takes the adapter out: the original layers again.
 
-        A lossy base stays as it was stored. Where the init moved the base (PiSSA), what it took is
-        put back, which is exact to the rounding of the base's dtype and not to the last bit.
+        A lossy base stays as it was stored, with what a joint init (LoftQ) added to it at first.
+        Where the init moved the base (PiSSA), what it took is put back, which is exact to the
+        rounding of the base's dtype and not to the last bit.
         """
         return self._leave(
             lambda part: part.original if isinstance(part, Adapted) else part.stored.dense(),
@@ -662,22 +668,23 @@ def build(
         _check_copied(model, path, [item.site.path for item in planned], tensors)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     notes = [*notes, *_coded(model, choice, planned)]
+    dense: Base = find_part("base", "dense").load()
+    body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
+    bases = {path: choice.base if path in body else dense for path in all_layers(model)}
     found: Mapping[str, Tensors] = {}
     if tensors is None and needs(choice):
         if calibration is None:
             raise Incompatible(_no_calibration(choice))
-        found, scores = calibrate(model, choice, planned, calibration)
+        found, scores = calibrate(model, choice, planned, calibration, bases)
         planned = _reranked(choice, planned, scores)
     if dropout:
         for item in planned:
             if not kind_of(all_layers(model)[item.site.path]).drops:
                 raise Incompatible(f"dropout={dropout}: the input of {item.site.name} is no "
                                    f"vector of numbers to drop from")  # fmt: skip
-    body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
     by_path: dict[str, list[Planned]] = {}
     for item in planned:
         by_path.setdefault(item.site.path, []).append(item)
-    dense: Base = find_part("base", "dense").load()
     layers: dict[str, Adapted] = {}
     prints: dict[str, str] = {}
     new: dict[str, nn.Module] = {}
@@ -685,7 +692,7 @@ def build(
         shared = _shared(model, choice, planned, seed, tensors)
         found_layers = all_layers(model)
         for path, module in found_layers.items():
-            base = choice.base if path in body else dense
+            base = bases[path]
             if path in by_path:
                 made = {}
                 for item in by_path[path]:
@@ -696,7 +703,7 @@ def build(
                     layer = _layer(module, item, choice, base, dropout, seed, own, common, tensors)
                     made[item.site], layers[name] = layer, layer
                 new[path] = _fuse(module, made, base)
-            elif choice.base.name != dense.name and path in body:
+            elif base.name != dense.name:
                 new[path] = freeze(module, base)
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
@@ -810,15 +817,20 @@ def _layer(
     W = _matrix(module, item.site)
     W0 = W.detach().to(wide(W.dtype))
     generator = torch.Generator().manual_seed(_seed_of(seed, name))
-    start = subtracted = None
+    start = subtracted = restoring = None
     if tensors is None:
-        start = choice.init.start(W0, item.rank, s, generator, found)
-        if start is not None and start.subtract is not None:
-            A0, B0 = start.subtract
-            subtracted = (A0.clone(), s * B0)
-    elif f"{name}.subtracted.A" in tensors:
-        A0, B0 = (tensors[f"{name}.subtracted.{k}"].to(W0) for k in "AB")
-        subtracted = (A0, B0)
+        stored = base.storing(W.dtype)
+        start = choice.init.start_on(stored, W0, item.rank, s, generator, found)
+        if start is not None:
+            subtracted, restoring = (
+                pair and (pair[0].clone(), s * pair[1]) for pair in (start.subtract, start.restore)
+            )
+    else:
+        subtracted, restoring = (
+            (tensors[f"{name}.{k}.A"].to(W0), tensors[f"{name}.{k}.B"].to(W0))
+            if f"{name}.{k}.A" in tensors else None
+            for k in ("subtracted", "restoring")
+        )  # fmt: skip
     if subtracted is not None:
         W = (W0 - subtracted[1] @ subtracted[0]).to(W.dtype)
     frozen = freeze(module, base, rows, None if subtracted is None else W)
@@ -829,11 +841,11 @@ def _layer(
              for k, t in own.items() if t is not None}  # fmt: skip
         _check(name, p, item.tensors)
     else:
-        stored = frozen.stored.dense().to(W0.dtype)
+        Q = frozen.stored.dense().to(W0.dtype)
         if start is None or start.A is None:
-            p = dict(choice.form.start(stored, item.rank, s, generator))
+            p = dict(choice.form.start(Q, item.rank, s, generator))
         else:
-            p = dict(choice.form.embed(stored, start.A, start.B, s))  # type: ignore[attr-defined]
+            p = dict(choice.form.embed(Q, start.A, start.B, s))  # type: ignore[attr-defined]
     layer = Adapted(
         frozen,
         choice.form,
@@ -843,6 +855,7 @@ def _layer(
         s=s,
         dropout=dropout,
         subtracted=subtracted,
+        restoring=restoring,
     )
     if tensors is not None and f"{name}.moved.W0" in tensors:
         layer.move_to(tensors[f"{name}.moved.W0"].to(W.device, W.dtype))

@@ -9,7 +9,7 @@ in the layers (p) and in an allocation's state.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ._layer import Adapted
 
 Tensors = Mapping[str, Any]  # of tensors; an nn.ParameterDict is one in all but its type
+Storing = Callable[[Tensor], Tensor]  # a matrix as a layer's base gives it back, in its dtype
 
 
 class Part:
@@ -108,6 +109,10 @@ class Form(Part):
         base = layer.frozen.stored.product(x, layer.bias_like(x))
         return base + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
 
+    def absorbed(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":
+        """`stored` with the change in it, exactly and without a new code; None: it has no place."""
+        return None
+
     def bias(self, b0: Tensor | None, p: Tensors) -> Tensor | None:
         """The layer's bias [m]; only a form that changes it says more."""
         return b0
@@ -169,14 +174,18 @@ class LowRank(Form):
 class Start:
     """What a low-rank init chose: the factors, and what it takes out of the base (or nothing).
 
-    With `subtract` = (A0, B0) the stored base becomes W0 - s B0 A0. The factors are kept, so that
-    the original stays at hand; an init that moves the base by what it trains gives (A, B) itself.
-    Without A and B (both None) the form's own start follows on the moved base.
+    With `subtract` = (A0, B0) it is W0 - s B0 A0 that the base stores, as Q. The factors are kept,
+    so that the original stays at hand; an init that moves the base by what it trains gives (A, B)
+    itself. Without A and B (both None) the form's own start follows on the moved base.
+
+    With the adapter disabled the model is Q + s B0 A0 with (A0, B0) = `restore`: what was taken
+    out, unless an init that makes up for what the base loses says otherwise.
     """
 
     A: Tensor | None
     B: Tensor | None
     subtract: tuple[Tensor, Tensor] | None = None
+    restore: tuple[Tensor, Tensor] | None = None  # None: as `subtract`
 
 
 class Measuring(Part):
@@ -200,7 +209,8 @@ class Init(Measuring):
     """Where do p and W0 begin?"""
 
     axis = "init"
-    moves_base: ClassVar[bool] = False
+    moves_base: ClassVar[bool] = False  # with the adapter disabled, the frozen weight is not all
+    joint: ClassVar[bool] = False  # makes up for what the base loses, so it needs one that does
     starts_at_base: ClassVar[bool] = True  # the model's outputs are the base's before step 1
     full_rank: ClassVar[bool] = True  # A and B have r independent directions
     frozen: ClassVar[tuple[str, ...]] = ()  # tensors of p that this start leaves untrained
@@ -214,10 +224,31 @@ class Init(Measuring):
         """
         raise NotImplementedError  # abstract
 
+    def start_on(
+        self,
+        stored: Storing,
+        W0: Tensor,
+        r: int,
+        s: float,
+        generator: torch.Generator,
+        found: Tensors,
+    ) -> Start | None:
+        """`start` for a layer whose base gives W back as stored(W): to the bit, W = W0 - s B0 A0.
+
+        An init that chooses factors and base together has this in place of `start`.
+        """
+        return self.start(W0, r, s, generator, found)
+
+    def reduce_on(self, stored: Storing, W0: Tensor, found: Tensors, r: int) -> Tensors:
+        """`reduce` for a layer whose base gives W back as stored(W)."""
+        return self.reduce(W0, found, r)
+
     def fits(self, choice: "Choice") -> None:
         """An init gives factors, so it needs a form with a place for them."""
         if not choice.form.low_rank:
             raise self.refuse(choice.form, "a low-rank form")
+        if self.joint and not choice.base.lossy:
+            raise self.refuse(choice.base, "a lossy base, as it makes up for what that loses")
 
 
 class Scale(Part):
@@ -315,6 +346,15 @@ class Base(Part):
     def take(self, stored: "Stored") -> "Stored":
         """Stores what the model's files had in codes: the decoded matrix, anew."""
         return self.store(stored.dense())
+
+    def storing(self, dtype: torch.dtype) -> Storing:
+        """What this base makes of the matrices of a model in `dtype`.
+
+        >>> from .dense import AsLoaded
+        >>> AsLoaded().storing(torch.bfloat16)(torch.tensor([[1 + 2**-10]])).item()
+        1.0
+        """
+        return lambda W: self.store(W.to(dtype)).dense().to(W.dtype)
 
 
 class Stored(torch.nn.Module):

@@ -40,7 +40,7 @@ True
 The model is left as it was, and no more batches are drawn than the part takes:
 
 >>> drawn, choice = iter(batches * 2), choose("lora", 1, init={"name": "eva", "batches": 2})
->>> _ = calibrate(net.train(), choice, planned, drawn)
+>>> _ = calibrate(net.train(), choice, planned, drawn, {"c_attn": choice.base})
 >>> len(list(drawn)), net.drop.training, all(p.requires_grad for p in net.parameters())
 (2, True, True)
 """
@@ -56,8 +56,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _svd
-from ._api import Allocation, Init, Measuring, wide
+from . import _quantize, _svd
+from ._api import Allocation, Base, Init, Measuring, wide
 from ._experts import apart
 from ._kinds import Keeper, kind_of, matrix_of
 from ._registry import Incompatible
@@ -79,10 +79,12 @@ def calibrate(
     choice: "Choice",
     planned: "Sequence[Planned]",
     calibration: Iterable[Mapping[str, Any]],
+    bases: Mapping[str, Base],
 ) -> tuple[Found, Found]:
     """(what the init, what the allocation kept) of each planned matrix.
 
     Each part sees as many batches as it asks for; where there are fewer, those that there are.
+    `bases` says by path how each layer will be stored.
 
     Raises:
         Incompatible: no batch, a loss that is missing, or statistics that are not finite.
@@ -106,7 +108,7 @@ def calibrate(
     if not batches:
         raise Incompatible("calibration: no batches in it")
     with apart(model, [item.site.path for item in planned]):
-        return _calibrated(model, planned, batches, counts, parts)
+        return _calibrated(model, planned, batches, counts, parts, bases)
 
 
 def _calibrated(
@@ -115,6 +117,7 @@ def _calibrated(
     batches: Sequence[Mapping[str, Any]],
     counts: Sequence[int],
     parts: tuple[Init, Allocation],
+    bases: Mapping[str, Base],
 ) -> tuple[Found, Found]:
     wanted = tuple(dict.fromkeys(k for part in parts for k in part.needs))
     for item in planned:
@@ -132,7 +135,8 @@ def _calibrated(
                     f"and those of {item.site.name} cannot be measured"
                 )
     ranks = [parts[1].most(*item.shape, item.rank) for item in planned]
-    path = _cache_file(model, planned, ranks, batches, wanted, parts)
+    own = {i.site.path: bases[i.site.path] for i in planned} if parts[0].joint else {}
+    path = _cache_file(model, planned, ranks, batches, wanted, parts, own)
     kept = None if path is None else _read(path, model, planned)
     if kept is None:
         kept = ({}, {})
@@ -145,21 +149,26 @@ def _calibrated(
             for count, takers in passes.items():
                 asked = tuple(dict.fromkeys(k for part, _ in takers for k in part.needs))
                 for item, found in _measure(model, group, batches[:count], asked):
-                    W0, name = _matrix(model, item), item.site.name
+                    (W, W0), name = _matrix(model, item), item.site.name
+                    stored = bases[item.site.path].storing(W.dtype)
                     for part, into in takers:
-                        r = most[name] if part is parts[0] else item.rank
                         own = {k: found[k] for k in part.needs}
-                        reduced = part.reduce(W0, own, r).items()
-                        into[name] = {k: t.contiguous() for k, t in reduced}  # as from the file
+                        if isinstance(part, Init):
+                            reduced = part.reduce_on(stored, W0, own, most[name])
+                        else:
+                            reduced = part.reduce(W0, own, item.rank)
+                        # contiguous, as from the file
+                        into[name] = {k: t.contiguous() for k, t in reduced.items()}
         if path is not None:
             _write(path, kept)
     return kept
 
 
-def _matrix(model: nn.Module, item: "Planned") -> Tensor:
+def _matrix(model: nn.Module, item: "Planned") -> tuple[Tensor, Tensor]:
+    """The matrix in the model's dtype, and in fp32 or wider."""
     W = matrix_of(model.get_submodule(item.site.path))
     W = W if item.site.rows is None else W[slice(*item.site.rows)]
-    return W.detach().to(wide(W.dtype))
+    return W.detach(), W.detach().to(wide(W.dtype))
 
 
 def _groups(planned: "Sequence[Planned]", wanted: tuple[str, ...]) -> Iterator[list["Planned"]]:
@@ -338,15 +347,17 @@ def _cache_file(
     batches: Sequence[Mapping[str, Any]],
     wanted: tuple[str, ...],
     parts: tuple[Measuring, Measuring],
+    bases: Mapping[str, Base],
 ) -> Path | None:
     """Named by all that the statistics depend on; None where no file is worth it."""
     if sum(p.numel() for p in model.parameters()) < CACHED_FROM:
         return None
     what = [(i.site, i.shape, i.rank, r) for i, r in zip(planned, ranks, strict=True)]
     kind, config = type(model).__qualname__, getattr(model, "config", None)
-    digest = hashlib.sha256(f"{what} {wanted} {parts} {kind} {config}".encode())
+    digest = hashlib.sha256(f"{what} {wanted} {parts} {bases} {kind} {config}".encode())
     try:
-        files = {inspect.getfile(type(part)) for part in parts} | {_svd.__file__, __file__}
+        files = {inspect.getfile(type(part)) for part in (*parts, *bases.values())}
+        files |= {_svd.__file__, _quantize.__file__, __file__}
     except (OSError, TypeError):  # a part that was typed in: its code cannot be told apart
         return None
     for file in sorted(files):

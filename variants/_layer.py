@@ -84,11 +84,14 @@ class Adapted(nn.Module):
 
     `params` holds the form's tensors (those that several layers share are the same objects), in
     fp32 or wider whatever the model's dtype; products run in the dtype of x. `subtracted` is the
-    pair of factors that an init took out of the base, `kept` the original where the base moves.
+    pair of factors that an init took out before the base stored the matrix, `restoring` the pair
+    that gives the original back, `kept` the original where the base moves.
     """
 
     subtracted_A: Tensor | None
     subtracted_B: Tensor | None
+    restoring_A: Tensor | None
+    restoring_B: Tensor | None
     kept: Tensor | None
     _row_squares: Tensor | None
 
@@ -103,6 +106,7 @@ class Adapted(nn.Module):
         s: float,
         dropout: float,
         subtracted: tuple[Tensor, Tensor] | None,
+        restoring: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.frozen, self.form, self.untrained = frozen, form, untrained
@@ -118,8 +122,9 @@ class Adapted(nn.Module):
         self.enabled = True
         # an allocation's (p as it is seen, factor of s) in training, such as the first b directions
         self.seen: tuple[Callable[[Tensors], Tensors], float] | None = None
-        for name, factor in zip("AB", subtracted or (None, None), strict=True):
-            self.register_buffer(f"subtracted_{name}", factor)
+        for what, pair in (("subtracted", subtracted), ("restoring", restoring)):
+            for name, factor in zip("AB", pair or (None, None), strict=True):
+                self.register_buffer(f"{what}_{name}", factor)
         self.register_buffer("kept", None)
         self.register_buffer("_row_squares", None, persistent=False)
 
@@ -179,8 +184,8 @@ class Adapted(nn.Module):
         if self.kept is None:
             return
         W = self.kept
-        if self.subtracted is not None:
-            A0, B0 = self.subtracted
+        if self.restoring is not None:
+            A0, B0 = self.restoring
             W = (W - B0 @ A0).to(W.dtype)
         self.kept, self._row_squares = None, None
         self.frozen.stored.set(W)
@@ -191,19 +196,34 @@ class Adapted(nn.Module):
 
     @property
     def subtracted(self) -> tuple[Tensor, Tensor] | None:
-        """(A0, B0), B0 with the scale of its day in it: the original matrix is W0 + B0 A0."""
+        """(A0, B0), B0 with the scale of its day in it: the base stored the original - B0 A0."""
         if self.subtracted_A is None or self.subtracted_B is None:
             return None
         return self.subtracted_A, self.subtracted_B
 
     @property
+    def own_restoring(self) -> tuple[Tensor, Tensor] | None:
+        """`restoring`, where it is not what was subtracted."""
+        if self.restoring_A is None or self.restoring_B is None:
+            return None
+        return self.restoring_A, self.restoring_B
+
+    @property
+    def restoring(self) -> tuple[Tensor, Tensor] | None:
+        """(A0, B0), B0 with the scale of its day in it: the original matrix is W0 + B0 A0."""
+        return self.own_restoring or self.subtracted
+
+    @property
     def original(self) -> Tensor:
-        """The matrix [m, n] before the variant came (as stored, where storage is lossy)."""
+        """The matrix [m, n] before the variant came (as stored, where storage is lossy).
+
+        Where an init made up for what the storage loses, with that: Q + B0 A0.
+        """
         if self.kept is not None:
             return self.kept
-        if self.subtracted is None:
+        if self.restoring is None:
             return self.W0
-        A0, B0 = self.subtracted
+        A0, B0 = self.restoring
         return (self.W0 + B0 @ A0).to(self.W0.dtype)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -247,7 +267,7 @@ class Adapted(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         if self.enabled:
             return self.form.forward(x, self) if self.kind.linear else self._other(x)
-        if self.subtracted is None and self.kept is None:
+        if self.restoring is None and self.kept is None:
             return self.frozen(x)
         return self.kind.product(x, self.original, self.frozen.bias)
 

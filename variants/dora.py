@@ -8,6 +8,10 @@ output feature, so m has one number a row. Dropout hits all but the plain base p
 y = W0 x + (W - W0) dropout(x), as there. PEFT agrees, but forms B A densely, in fp32, at each step,
 and gives NaN on a zero row; here the norm is factored, and a zero row stays zero.
 
+QDoRA is DoRA on a quantized base Q. Official code: AnswerDotAI/fsdp_qlora, scripts/dora.py: NF4,
+double quantized; s = 1 whatever alpha is, A ~ N(0, 1/r), no dropout; and m starts at the row norms
+of the weight before it was quantized, so not quite at Q. Here it starts at Q, with m = ||Q||_row.
+
 Row norms are m and nothing else, wherever A and B go:
 
 >>> import torch
@@ -33,6 +37,13 @@ True
 >>> layer.move_to(-2 * B @ A + 1e-4)
 >>> bool(torch.allclose(row_norms(layer, A, B, 2.0), (layer.W0 + 2 * B @ A).norm(dim=1)))
 True
+
+QDoRA starts at the stored base, at its own row norms:
+
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 6))
+>>> layer = variants.attach(model, "qdora", rank=2, targets=["0"]).layers["0"]
+>>> torch.allclose(layer.weight, layer.W0), torch.equal(layer.params["m"], layer.W0.norm(dim=1))
+(True, True)
 """
 
 from dataclasses import dataclass
@@ -110,4 +121,13 @@ preset(
     alpha="2r",
     lr=2e-4,
     lr_origin="the paper's Table 8, LLaMA-7B and LLaMA2-7B at rank 16",
+)
+preset(
+    "qdora",
+    form="dora",
+    base="nf4_dq",
+    rank=64,
+    alpha="r",
+    lr=1e-5,
+    lr_origin="the official train.py's default, which its scripts keep",
 )
