@@ -161,6 +161,10 @@ def choose(
     )
     for part in parts.values():
         part.fits(choice)
+    for part in parts.values():
+        missing = part.unavailable()
+        if missing is not None:
+            raise Incompatible(f"{part} needs {part.requires}: {missing}")
     names = set(form.shapes(8, 8, 1)) | set(form.shared_shapes(8, 8, 1))
     for part in (parts["init"], parts["update"]):
         missing = [name for name in part.frozen if name not in names]

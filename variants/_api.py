@@ -32,6 +32,8 @@ class Part:
 
     axis: ClassVar[str]
     name: ClassVar[str]
+    requires: ClassVar[str] = ""  # what not every machine has, in words
+    device: ClassVar[str] = ""  # the one type of device that it runs on
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,6 +42,10 @@ class Part:
 
     def fits(self, choice: "Choice") -> None:
         """Raises `Incompatible`, naming both, where another part of the choice is no match."""
+
+    def unavailable(self) -> str | None:
+        """What this machine lacks of what the part `requires`; None: it can run here."""
+        return None
 
     def __str__(self) -> str:
         return f"{self.axis} {self.name}"
