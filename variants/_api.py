@@ -331,6 +331,11 @@ class Stored(torch.nn.Module):
         raise Incompatible("a coded base takes no other numbers than its codes")
 
     @property
+    def decoded_bytes(self) -> int:
+        """What `dense()` takes beside the storage, for as long as a product lasts."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
     def bits(self) -> int:
         """What the storage holds, in bits, all its tensors counted."""
         return 8 * sum(t.nbytes for t in (*self.buffers(), *self.parameters()))

@@ -59,9 +59,9 @@ class Frozen(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, stored: Stored, bias: Tensor | None, kind: Kind) -> None:
+    def __init__(self, stored: Stored, bias: Tensor | None, kind: Kind, base: Base) -> None:
         super().__init__()
-        self.stored, self.kind = stored, kind
+        self.stored, self.kind, self.base = stored, kind, base
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.out_features, self.in_features = stored.shape
 
@@ -331,7 +331,7 @@ def freeze(
     matrix = kind.matrix(module) if rows is None else kind.matrix(module)[slice(*rows)]
     if rows is not None and bias is not None:
         bias = nn.Parameter(bias[slice(*rows)], requires_grad=False)
-    return Frozen(base.store(matrix if W is None else W), bias, kind)
+    return Frozen(base.store(matrix if W is None else W), bias, kind, base)
 
 
 def plain(layer: Any, matrix: Callable[[Any], Tensor], own_bias: bool) -> nn.Module:
