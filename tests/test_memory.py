@@ -1,12 +1,13 @@
-"""Memory truth: bytes counted exactly, in the result and in the tables."""
+"""A run on a base of 4 bits: bytes counted exactly, in result and tables, and its export."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_run import QUICK, lab, only
+from test_run import QUICK, lab, module, only
 from torch import nn
 
 import variants
@@ -14,22 +15,30 @@ from experiments import record, sweep
 from experiments.measure import most_bytes, resident_bytes
 
 
+class Finished(NamedTuple):
+    """A run: its folder, its result, and what it printed."""
+
+    path: Path
+    result: dict[str, Any]
+    said: str
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """A short run on a base of 4 bits: its result, and what it printed."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     out = tmp_path_factory.mktemp("memory")
     words = [*QUICK, "eval.limit=2", "train.eval_every=0", "train.checkpoint_every=0"]
     said = lab("variant=qlora", "variant/base=nf4", "rank=4", *words, out=out)
-    return json.loads((only(out) / "result.json").read_text()), said.stdout
+    path = only(out)
+    return Finished(path, json.loads((path / "result.json").read_text()), said.stdout)
 
 
-def test_the_model_at_rest_is_what_its_tensors_take(finished: tuple[dict[str, Any], str]) -> None:
+def test_the_model_at_rest_is_what_its_tensors_take(finished: Finished) -> None:
     """Stored bits, to the byte, and what is in no code: embeddings, norms, the adapter."""
     from experiments.config import Tiny
     from experiments.model import Source
     from variants._targets import all_linear
 
-    result, memory = finished[0], finished[0]["memory"]
+    result, memory = finished.result, finished.result["memory"]
     model = Source(Tiny()).load().model
     matrices = [model.get_submodule(path).weight for path in all_linear(model)]
     numbers = sum(W.numel() for W in matrices)
@@ -46,15 +55,40 @@ def test_the_model_at_rest_is_what_its_tensors_take(finished: tuple[dict[str, An
     assert memory["peak_of"] == "the process" and memory["peak_bytes"] > memory["step_peak_bytes"]
 
 
-def test_the_table_says_it(finished: tuple[dict[str, Any], str]) -> None:
-    memory = finished[0]["memory"]
+def test_the_table_says_it(finished: Finished) -> None:
+    memory = finished.result["memory"]
     for name, key in {"model and adapter at rest": "resident_bytes",
                       "largest decoded layer": "decoded_bytes",
                       "optimizer's state": "optimizer_bytes",
                       "most at once, one backward": "step_peak_bytes"}.items():  # fmt: skip
-        (line,) = (line for line in finished[1].splitlines() if name in line)
+        (line,) = (line for line in finished.said.splitlines() if name in line)
         assert f"{memory[key] / 2**20:.2f} MiB" in line
-    assert "peak memory of the process" in finished[1]
+    assert "peak memory of the process" in finished.said
+
+
+def test_export_in_codes_again_prints_what_it_costs(finished: Finished, tmp_path: Path) -> None:
+    """The folder holds numbers that the base's codes stand for: stored once more, the same."""
+    from safetensors.torch import load_file
+
+    run, nf4 = str(finished.path), variants.choose("qlora", base="nf4").base
+    words = ["--to", "merged", "--out"]
+    plain = module("experiments.export", run, *words, str(tmp_path / "plain")).stdout
+    assert "merge error 0.00e+00" in plain and "as base nf4 stores them, dequantized" in plain
+    said = module("experiments.export", run, *words, str(tmp_path / "codes"), "--requantize").stdout
+    error = float(re.findall(r"merge error (\S+) \(.*codes of base nf4 again", said)[0])
+    sums, codes = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "codes"))
+    worst = 0.0
+    for name in (k for k in codes if k.endswith("proj.weight")):
+        again = nf4.store(sums[name]).dense()
+        torch.testing.assert_close(codes[name], again)
+        torch.testing.assert_close(nf4.store(codes[name]).dense(), codes[name])
+        worst = max(worst, ((again - sums[name]).norm() / sums[name].norm()).item())
+    assert error == pytest.approx(worst, rel=1e-2) and worst > 0.01
+    failed = module("experiments.export", run, "--to", "peft", "--out", str(tmp_path / "x"),
+                    "--requantize", code=1)  # fmt: skip
+    assert failed.stderr == (
+        "error: --requantize: means nothing with --to peft, only with --to merged\n"
+    )
 
 
 def test_a_step_holds_one_decoded_layer_at_a_time() -> None:

@@ -117,6 +117,11 @@ class Form(Part):
         """The layer's bias [m]; only a form that changes it says more."""
         return b0
 
+    def merged_into(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":
+        """The merged weight in the storage of the frozen one, where the form can say it there
+        without rounding again (a change of zero points), else None: `merge(requantize=True)`."""
+        return None
+
     def applies(self, kind: Any, has_bias: bool) -> bool:
         """Whether a layer of this kind can take the form; layers that cannot are left out."""
         return kind.matrices

@@ -350,8 +350,12 @@ def plain(layer: Any, matrix: Callable[[Any], Tensor], own_bias: bool) -> nn.Mod
 def _bias(part: Any, own: bool) -> Tensor | None:
     if not isinstance(part, Adapted):
         return part.bias
-    before = part.frozen.bias
-    bias = part.bias if own else before
+    return own_bias(part) if own else part.frozen.bias
+
+
+def own_bias(layer: Adapted) -> Tensor | None:
+    """The bias as the form has it, in the dtype of the layer's."""
+    bias, before = layer.bias, layer.frozen.bias
     return bias if bias is None or before is None else bias.to(before.dtype)
 
 
@@ -388,5 +392,11 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def refuse_adapted(model: nn.Module) -> None:
     """One adapter a model: a second would train on the first one's frozen layers."""
-    if any(True for _ in stand_ins(model)):
+    layers = [layer for _, layer in stand_ins(model)]
+    if any(isinstance(part, Adapted) for layer in layers for part in layer.modules()):
         raise Incompatible("the model has an adapter already: merge() or detach() it first")
+    if layers:
+        raise Incompatible(
+            "the model's layers are stored in few bits, by merge(requantize=True): "
+            "variants.dequantize(model) first"
+        )
