@@ -835,6 +835,31 @@ def _layer(
     return layer
 
 
+def started(
+    W: Tensor, name: str, choice: Choice, statistics: Tensors | None = None, seed: int = 0
+) -> Adapted:
+    """One matrix W [m, n] as `attach` would start it at the layer `name`, apart from any model.
+
+    Args:
+        statistics: of its inputs and gradient, by name, where the init `needs` any.
+    """
+    if choice.form.shared:
+        raise choice.init.refuse(choice.form, "a form whose layers share nothing, to start one")
+    missing = [k for k in choice.init.needs if k not in (statistics or {})]
+    if missing:
+        raise Incompatible(
+            f"{choice.init} needs the {missing[0]} of {name}, from a text or batches"
+        )
+    m, n = W.shape
+    rank = choice.form.rank_of(m, n, choice.rank or 1, name)
+    item = planned_item(choice, Site(name), (m, n), rank, choice.s(rank))
+    linear: Any = nn.Linear(n, m, bias=False, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    own = {k: (statistics or {})[k] for k in choice.init.needs}
+    found = choice.init.reduce(W.to(wide(W.dtype)), own, rank) if own else {}
+    return _layer(linear, item, choice, choice.base, 0.0, seed, found, {}, None)
+
+
 def _check(name: str, p: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     for k, shape in shapes.items():
         if k not in p:

@@ -319,6 +319,8 @@ class Base(Part):
 class Stored(torch.nn.Module):
     """A frozen [m, n] matrix in some storage, which moves with the model."""
 
+    group: int | None = None  # numbers in a row that share a scale, where the storage is a code
+
     def __init__(self, W: Tensor) -> None:
         super().__init__()
         self.shape, self.dtype = (W.shape[0], W.shape[1]), W.dtype
@@ -334,6 +336,10 @@ class Stored(torch.nn.Module):
     def set(self, W: Tensor) -> None:
         """Stores another matrix in place of this one, where the storage can take any number."""
         raise Incompatible("a coded base takes no other numbers than its codes")
+
+    def histogram(self) -> Tensor | None:
+        """How often each code stands [codes]; None: the storage is no code."""
+        return None
 
     @property
     def decoded_bytes(self) -> int:

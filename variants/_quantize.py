@@ -111,6 +111,7 @@ class Blocks4(Stored):
         if not torch.isfinite(W).all():
             raise Incompatible("a weight with numbers that are not finite cannot be quantized")
         self.table, self.block, self.nested_scales = table, block, double
+        self.group = block
         codes, absmax = encode(W, table, block)
         zero = _nearest(torch.zeros(codes.numel() % 2), table)  # an odd matrix ends in half a byte
         pairs = torch.cat((codes, zero.to(codes.device))).view(-1, 2)
@@ -134,6 +135,11 @@ class Blocks4(Stored):
         m, n = self.shape
         codes = torch.stack((self.codes >> 4, self.codes & 15), dim=1).view(-1)[: m * n]
         return decode(codes, self.scales, self.table, self.block).view(m, n).to(self.dtype)
+
+    def histogram(self) -> Tensor:
+        m, n = self.shape
+        codes = torch.stack((self.codes >> 4, self.codes & 15), dim=1).view(-1)[: m * n]
+        return torch.bincount(codes, minlength=len(self.table))
 
     @property
     def bits(self) -> int:
