@@ -36,6 +36,7 @@ def load_coded(cls: Any, folder: Path, dtype: torch.dtype, **settings: Any) -> t
     """(model, loading info) as `cls.from_pretrained` gives them, with its codes as storage."""
     import transformers
 
+    from variants._bitsandbytes import base_of
     from variants._layer import Frozen, replace
 
     labels = {k: settings.pop(k) for k in ("num_labels",) if k in settings}
@@ -58,7 +59,7 @@ def load_coded(cls: Any, folder: Path, dtype: torch.dtype, **settings: Any) -> t
     model.__class__ = cls
     for path, codes in stored.items():
         bias = model.get_submodule(path).bias
-        replace(model, path, Frozen(codes, bias, kinds[path]))
+        replace(model, path, Frozen(codes, bias, kinds[path], base_of(codes)))
     return model, info
 
 

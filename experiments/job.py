@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch.utils._pytree import tree_leaves
 
 import variants
 from variants._adapter import Adapter, Choice, Planned, build, choose, needs, plan
 from variants._api import Stored
+from variants._layer import Frozen
 from variants._registry import find_preset
 
 from . import batches, record
 from .config import Settings, fill, run_hash
 from .evaluate import Scorer, Scores, write_predictions
+from .measure import resident_bytes, storage_bytes
 from .model import Loaded, Source
 from .record import Folder, Log
 from .screen import Screen
@@ -407,8 +410,6 @@ class Run:
         """result.json."""
         settings, prepared = self.settings, self.prepared
         choice = prepared.choice
-        stored = [m for m in self.loaded.model.modules() if isinstance(m, Stored)]
-        numbers = sum(module.shape[0] * module.shape[1] for module in stored)
         trained = adapter.num_trainable
         total = self.numbers + trained - adapter.num_replaced
         heads = sum(p.numel() for m in adapter.saved_modules.values() for p in m.copy.parameters())
@@ -457,17 +458,7 @@ class Run:
                 if trainer.durations
                 else None,
             },
-            "memory": {
-                "peak_bytes": peak_bytes(self.device),
-                "saved_activation_bytes": trainer.measured["saved_activation_bytes"],
-                "stored_bits": sum(module.bits for module in stored) / numbers,
-                "restoring_bytes": sum(
-                    t.nbytes
-                    for layer in adapter.layers.values()
-                    for t in (*(layer.subtracted or ()), *(layer.own_restoring or ()), layer.kept)
-                    if t is not None
-                ),
-            },
+            "memory": self._memory(adapter, trainer),
             "tokens": trainer.tokens,
             "flops": trainer.measured["flops_per_token"] * trainer.tokens["seen"],
             "provenance": {
@@ -477,13 +468,42 @@ class Run:
             },
         }
 
+    def _memory(self, adapter: Adapter, trainer: Trainer) -> dict[str, Any]:
+        """Bytes of the run, and bits of the numbers that the base stores, in all and by format."""
+        frozen = [m for m in self.loaded.model.modules() if isinstance(m, Frozen)]
+        formats: dict[str, dict[str, int]] = {}
+        for layer in frozen:
+            found = formats.setdefault(layer.base.name, {"numbers": 0, "bits": 0})
+            found["numbers"] += layer.out_features * layer.in_features
+            found["bits"] += layer.stored.bits
+        states = tree_leaves(list(trainer.optimizer.state.values()))
+        return {
+            "peak_bytes": peak_bytes(self.device),
+            "peak_of": "tensors on the GPU" if self.device.type == "cuda" else "the process",
+            "step_peak_bytes": trainer.measured.get("step_peak_bytes"),
+            "resident_bytes": resident_bytes(self.loaded.model),
+            "decoded_bytes": max(layer.stored.decoded_bytes for layer in frozen),
+            "optimizer_bytes": storage_bytes(t for t in states if isinstance(t, torch.Tensor)),
+            "saved_activation_bytes": trainer.measured["saved_activation_bytes"],
+            "stored_bits": sum(f["bits"] for f in formats.values())
+            / sum(f["numbers"] for f in formats.values()),
+            "formats": formats,
+            "restoring_bytes": sum(
+                t.nbytes
+                for layer in adapter.layers.values()
+                for t in (*(layer.subtracted or ()), *(layer.own_restoring or ()), layer.kept)
+                if t is not None
+            ),
+        }
+
 
 def portions(count: int, size: int) -> int:
     return math.ceil(count / size)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """CUDA: the most that tensors held; CPU: the most that the process held."""
+    """CUDA: the most that tensors took; CPU: the most that the process took since it began, with
+    all that it has imported and, in a sweep, the runs before."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

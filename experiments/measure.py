@@ -1,11 +1,66 @@
-"""Exact costs of a training step: bytes that autograd keeps, and floating-point operations."""
+"""Exact costs: bytes that tensors take, now and at most, bytes that autograd keeps, FLOPs.
 
-from collections.abc import Callable
+What a model takes at rest, storages that several tensors share counted once; and the most at once
+while it works, which no allocator of the CPU tells:
+
+>>> model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
+>>> model[1].weight = model[0].weight
+>>> resident_bytes(model)
+40000
+>>> with Live() as live:
+...     x = torch.zeros(1000)
+...     y = x + 1
+...     del x
+...     z = y + 1
+...     del y
+>>> live.now, live.peak
+(4000, 8000)
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Live(TorchDispatchMode):
+    """While it is on: the bytes of all storages that it saw made and that still live.
+
+    Read after every operation; what a kernel takes for itself and gives back is not seen.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        """`held`: tensors that live already and count as well."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in held:
+            self._add(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self._known:
+            size = storage.nbytes()
+            self._known[storage] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, size).atexit = False
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
 
 
 def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
@@ -26,3 +81,21 @@ def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
     ):
         backward()
     return {"saved_bytes": sum(s.nbytes() for s in kept.values()), "flops": flops.get_total_flops()}
+
+
+def most_bytes(backward: Callable[[], Any], model: nn.Module) -> int:
+    """Runs `backward` once: the most that live tensors took at once, the model's own included."""
+    with Live((*model.parameters(), *model.buffers())) as live:
+        backward()
+    return live.peak
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """What the parameters and buffers take, each storage once."""
+    return storage_bytes((*model.parameters(), *model.buffers()))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """What the tensors take, those that share a storage once."""
+    found = {id(s): s for s in (t.untyped_storage() for t in tensors)}
+    return sum({s.data_ptr(): s.nbytes() for s in found.values()}.values())

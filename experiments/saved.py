@@ -24,7 +24,7 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
     if not (path / "config.yaml").is_file():
         raise BadInput(f"{path}: no config.yaml there, so no folder of a run")
     try:
-        saved = OmegaConf.load(path / "config.yaml")
+        saved: Any = OmegaConf.load(path / "config.yaml")
         for key, choices in (("model.kind", config.MODELS), ("task.name", tasks())):
             if OmegaConf.select(saved, key) not in choices:
                 raise BadInput(f"{path / 'config.yaml'}: {key} is none of {', '.join(choices)}")

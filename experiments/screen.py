@@ -15,6 +15,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+MEMORY = {  # the rows of the table, by key of result.json's `memory`
+    "resident_bytes": "model and adapter at rest",
+    "decoded_bytes": "largest decoded layer",
+    "optimizer_bytes": "optimizer's state",
+    "saved_activation_bytes": "kept for backward",
+    "step_peak_bytes": "most at once, one backward",
+}
+
 
 class Screen:
     """The terminal of one run. Off a terminal, lines in place of a bar."""
@@ -113,11 +121,12 @@ class Screen:
         table.add_row("trained numbers", "", f"{params['trainable']:,} ({params['fraction']:.3%})")
         if params["head"]:
             table.add_row("head, trained in full", "", f"{params['head']:,}")
-        table.add_row("bits a base number", "", f"{memory['stored_bits']:.4g}")
-        table.add_row(
-            "kept for backward", "", f"{memory['saved_activation_bytes'] / 2**20:.1f} MiB"
-        )
-        table.add_row("peak memory", "", f"{memory['peak_bytes'] / 2**20:,.0f} MiB")
+        table.add_row("bits a base number", "", _bits(memory))
+        for key, name in MEMORY.items():
+            if memory.get(key):  # a run of older code has fewer
+                table.add_row(name, "", f"{memory[key] / 2**20:,.2f} MiB")
+        peak = f"peak memory of {memory.get('peak_of', 'the process')}"
+        table.add_row(peak, "", f"{memory['peak_bytes'] / 2**20:,.0f} MiB")
         table.add_row("start, train, score", "", " + ".join(
             f"{times[k]:.1f}" for k in ("init_s", "train_s", "eval_s")) + " s")  # fmt: skip
         if times["step_ms"] is not None:
@@ -130,3 +139,10 @@ class Screen:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _bits(memory: dict[str, Any]) -> str:
+    """All base numbers together; by format where there are several."""
+    formats = memory.get("formats", {})
+    each = (f"{name} {f['bits'] / f['numbers']:.7g}" for name, f in formats.items())
+    return f"{memory['stored_bits']:.7g}" + (f" ({', '.join(each)})" if len(formats) > 1 else "")

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from variants import Incompatible
-from variants._registry import from_file, unknown
+from variants._registry import AXES, from_file, unknown
 
 from .config import register, settings_of
 from .record import Terminated, interrupted
@@ -104,16 +104,17 @@ def _print(lines: list[dict[str, Any]]) -> None:
 
     from .record import read_json
 
+    results = [read_json(Path(line.get("run", "")) / "result.json") for line in lines]
+    more = _varying([result for result in results if result is not None])
     table = RichTable(title=f"{len(lines)} runs")
-    for name in ("variant", "rank", "seed", "lr", "status", "metric", "base", "tuned", "trained",
-                 "seconds", "folder"):  # fmt: skip
+    for name in ("variant", "rank", "seed", "lr", *more, "status", "metric", "base", "tuned",
+                 "trained", "seconds", "folder"):  # fmt: skip
         table.add_column(name, overflow="fold")
-    for line in lines:
-        result = read_json(Path(line.get("run", "")) / "result.json")
+    for line, result in zip(lines, results, strict=True):
         if result is None:
             words = " ".join(line["job"])
-            table.add_row("", "", "", "", line["status"], line.get("error", ""), "", "", "", "",
-                          words)  # fmt: skip
+            table.add_row("", "", "", "", *("" for _ in more), line["status"],
+                          line.get("error", ""), "", "", "", "", words)  # fmt: skip
             continue
         config, metrics = result["config"], result["metrics"]
         primary = metrics["primary"]
@@ -123,6 +124,7 @@ def _print(lines: list[dict[str, Any]]) -> None:
             str(config["rank"] or "-"),
             str(config["seed"]),
             f"{config['lr']:.2g}",
+            *(show(result) for show in more.values()),
             line["status"],
             primary,
             *("-" if n is None else f"{n:.4f}" for n in numbers),
@@ -132,6 +134,45 @@ def _print(lines: list[dict[str, Any]]) -> None:
         )
     width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)
+
+
+def _varying(results: list[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Columns for what differs: parts of an axis where runs of one variant have several (with
+    their settings where the names are equal), bits of a base number, and the most memory."""
+
+    def part(axis: str, settings: bool) -> Callable[[dict[str, Any]], str]:
+        def show(result: dict[str, Any]) -> str:
+            chosen = dict(result["config"]["axes"][axis])
+            name = chosen.pop("name")
+            return " ".join([name, *(f"{k}={v}" for k, v in chosen.items() if settings)])
+
+        return show
+
+    def count(show: Callable[[dict[str, Any]], str]) -> int:
+        return len({(result["config"]["variant"], show(result)) for result in results})
+
+    found = {}
+    for axis in AXES:
+        names, full = part(axis, False), part(axis, True)
+        if count(full) > count(lambda result: ""):
+            found[f"variant/{axis}"] = full if count(full) > count(names) else names
+    for name, show in {"bits": _bits, "peak MiB": _peak}.items():
+        if len({show(result) for result in results}) > 1:
+            found[name] = show
+    return found
+
+
+def _bits(result: dict[str, Any]) -> str:
+    return f"{result['memory']['stored_bits']:.7g}"
+
+
+def _peak(result: dict[str, Any]) -> str:
+    """GPU: what all tensors took at most. CPU: what they took in one backward, by exact count, as
+    the peak of the process has the runs before it in it."""
+    memory = result["memory"]
+    on_cpu = memory.get("peak_of", "the process") == "the process"
+    most = memory.get("step_peak_bytes") if on_cpu else memory["peak_bytes"]
+    return "-" if most is None else f"{most / 2**20:,.2f}"
 
 
 def one_line(error: BaseException) -> str:

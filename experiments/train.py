@@ -16,7 +16,7 @@ from variants._adapter import Adapter
 
 from . import batches
 from .evaluate import count_tokens, training_loss
-from .measure import measure
+from .measure import measure, most_bytes
 from .record import Metrics, Terminated, load_checkpoint, pack, save_checkpoint, unpack
 from .tasks import Example
 
@@ -200,18 +200,22 @@ class Trainer:
         return found
 
     def _measure(self) -> dict[str, float]:
-        """What the first batch keeps for backward, and its FLOPs; changes nothing."""
+        """What the first batch keeps for backward and takes at most, its FLOPs; changes nothing."""
         size: int = self.settings.batch_size  # type: ignore[assignment]
         chosen = batches.order(len(self.examples), size, 0, self.run.settings.seed)
         part = [self.examples[i] for i in chosen[: size // self.settings.accumulate]]
         state = self.adapter.state()
         self.model.train()
-        with torch.random.fork_rng():
-            found = measure(lambda: self._backward(part, count_tokens(part)), self.model)
-        self.optimizer.zero_grad()
+
+        def backward() -> None:
+            with torch.random.fork_rng():
+                self._backward(part, count_tokens(part))
+            self.optimizer.zero_grad()
+
+        found, most = measure(backward, self.model), most_bytes(backward, self.model)
         self.adapter.set_state(state)  # which an allocation may have noted the gradient in
         tokens = sum(len(e.ids) for e in part)
-        return {"saved_activation_bytes": found["saved_bytes"],
+        return {"saved_activation_bytes": found["saved_bytes"], "step_peak_bytes": most,
                 "flops_per_token": found["flops"] / tokens}  # fmt: skip
 
     def _save(self) -> None:

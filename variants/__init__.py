@@ -13,12 +13,14 @@ from ._registry import Incompatible, describe, names, parts
 if TYPE_CHECKING:
     from ._adapter import Adapter, attach, choose, plan
     from ._io import load
+    from ._merge import dequantize
     from ._peft import load_peft
 
 _LATE = {
     "Adapter": "_adapter",
     "attach": "_adapter",
     "choose": "_adapter",
+    "dequantize": "_merge",
     "plan": "_adapter",
     "load": "_io",
     "load_peft": "_peft",
@@ -29,6 +31,7 @@ __all__ = [
     "Incompatible",
     "attach",
     "choose",
+    "dequantize",
     "describe",
     "load",
     "load_peft",

@@ -47,7 +47,7 @@ A layer that an allocation gives no rank is left alone:
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -59,7 +59,7 @@ from torch import Tensor, nn
 
 from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
 from ._calibrate import calibrate
-from ._experts import Unstacked, experts, restack, unstack
+from ._experts import experts, unstack
 from ._kinds import kind_of, matrix_of, shape_of
 from ._layer import (
     Adapted,
@@ -72,6 +72,7 @@ from ._layer import (
     replace,
     stand_ins,
 )
+from ._merge import is_lossy, restack_all, stored_again
 from ._registry import AXES, Incompatible, find_part, find_preset, unknown
 from ._targets import Site, all_layers, all_linear, resolve
 
@@ -129,7 +130,7 @@ def choose(
     for axis in AXES:
         given, own = axes.get(axis), info.axes[axis]
         # a part that the preset has already keeps the preset's settings
-        parts[axis] = _part(axis, own if given in (None, own["name"]) else given)
+        parts[axis] = chosen(axis, own if given in (None, own["name"]) else given)
     form: Form = parts["form"]
     if not form.scaled and parts["scale"].name != "none":
         needs_scale = "a form with a scale in its equation (one without takes scale none)"
@@ -161,6 +162,10 @@ def choose(
     )
     for part in parts.values():
         part.fits(choice)
+    for part in parts.values():
+        missing = part.unavailable()
+        if missing is not None:
+            raise Incompatible(f"{part} needs {part.requires}: {missing}")
     names = set(form.shapes(8, 8, 1)) | set(form.shared_shapes(8, 8, 1))
     for part in (parts["init"], parts["update"]):
         missing = [name for name in part.frozen if name not in names]
@@ -171,7 +176,8 @@ def choose(
     return choice
 
 
-def _part(axis: str, given: Any) -> Part:
+def chosen(axis: str, given: Any) -> Part:
+    """The part of a name, of a mapping {"name": part, setting: value}, or the part itself."""
     if isinstance(given, Part):
         if given.axis != axis:
             raise Incompatible(f"{axis}: {given} is a part of another axis")
@@ -355,6 +361,7 @@ class Adapter:
     notes: list[str]
     step: int = 0
     allocation_state: dict[str, Any] | None = None
+    trained_on: dict[str, Any] | None = None  # the base that it was trained on, where not this one
     given: frozenset[str] = frozenset()  # shared tensors that a file gave, whatever the seed draws
     merge_error: float = 0.0  # largest relative Frobenius error over the matrices, after merge()
     _penalty_asked: bool = False
@@ -400,7 +407,7 @@ class Adapter:
         optimizer = self.choice.update.optimizer(
             self.layers, others, lr, weight_decay=weight_decay, **settings
         )
-        self.step = 0
+        self.step, self.trained_on = 0, None
         if steps is not None:
             self.allocation_state = self.choice.allocation.begin(self.layers, steps)
         elif self.choice.allocation.scheduled:
@@ -509,12 +516,20 @@ class Adapter:
                 switch.enabled = enabled
 
     @torch.no_grad()
-    def merge(self) -> nn.Module:
+    def merge(self, requantize: bool = False) -> nn.Module:
         """Folds the adapter into plain layers of the model's own kinds; the adapter ends.
 
         A quantized base becomes its dequantized weights. Weights return to the model's dtype;
         `merge_error` says what that rounding cost.
+
+        With `requantize` a lossy base stores each merged matrix again, in layers of its own
+        (`variants.dequantize` makes plain ones of them), and `merge_error` says what that cost.
         """
+        if requantize and not self.choice.base.lossy:
+            raise Incompatible(
+                f"requantize: base {self.choice.base.name} stores every number as it is; "
+                f"merge() is all there is to do"
+            )
 
         def merged(part: Any) -> Tensor:
             if isinstance(part, Frozen):
@@ -527,7 +542,14 @@ class Adapter:
             self.merge_error = max(self.merge_error, error)
             return rounded
 
-        return self._leave(merged, "copy")
+        def module(layer: Any) -> nn.Module:
+            if not (requantize and is_lossy(layer)):
+                return plain(layer, merged, own_bias=True)
+            stored, error = stored_again(layer)
+            self.merge_error = max(self.merge_error, error)
+            return stored
+
+        return self._leave(module, "copy")
 
     @torch.no_grad()
     def detach(self) -> nn.Module:
@@ -537,18 +559,17 @@ class Adapter:
         Where the init moved the base (PiSSA), what it took is put back, which is exact to the
         rounding of the base's dtype and not to the last bit.
         """
-        return self._leave(
-            lambda part: part.original if isinstance(part, Adapted) else part.stored.dense(),
-            "original",
-        )
 
-    def _leave(self, matrix: Any, saved: str) -> nn.Module:
+        def original(part: Any) -> Tensor:
+            return part.original if isinstance(part, Adapted) else part.stored.dense()
+
+        return self._leave(lambda layer: plain(layer, original, own_bias=False), "original")
+
+    def _leave(self, module_of: Callable[[Any], nn.Module], saved: str) -> nn.Module:
         self._refuse_ended()
         for path, layer in list(stand_ins(self.model)):
-            replace(self.model, path, plain(layer, matrix, own_bias=saved == "copy"))
-        for module in self.model.modules():
-            if isinstance(module, Unstacked):
-                restack(module)
+            replace(self.model, path, module_of(layer))
+        restack_all(self.model)
         for path, module in self.saved_modules.items():
             narrow, error = module.narrowed() if saved == "copy" else (module.original, 0.0)
             self.merge_error = max(self.merge_error, error)
@@ -860,6 +881,31 @@ def _layer(
     if tensors is not None and f"{name}.moved.W0" in tensors:
         layer.move_to(tensors[f"{name}.moved.W0"].to(W.device, W.dtype))
     return layer
+
+
+def started(
+    W: Tensor, name: str, choice: Choice, statistics: Tensors | None = None, seed: int = 0
+) -> Adapted:
+    """One matrix W [m, n] as `attach` would start it at the layer `name`, apart from any model.
+
+    Args:
+        statistics: of its inputs and gradient, by name, where the init `needs` any.
+    """
+    if choice.form.shared:
+        raise choice.init.refuse(choice.form, "a form whose layers share nothing, to start one")
+    missing = [k for k in choice.init.needs if k not in (statistics or {})]
+    if missing:
+        raise Incompatible(
+            f"{choice.init} needs the {missing[0]} of {name}, from a text or batches"
+        )
+    m, n = W.shape
+    rank = choice.form.rank_of(m, n, choice.rank or 1, name)
+    item = planned_item(choice, Site(name), (m, n), rank, choice.s(rank))
+    linear: Any = nn.Linear(n, m, bias=False, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    own = {k: (statistics or {})[k] for k in choice.init.needs}
+    found = choice.init.reduce(W.to(wide(W.dtype)), own, rank) if own else {}
+    return _layer(linear, item, choice, choice.base, 0.0, seed, found, {}, None)
 
 
 def _check(name: str, p: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

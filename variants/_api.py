@@ -34,6 +34,8 @@ class Part:
 
     axis: ClassVar[str]
     name: ClassVar[str]
+    requires: ClassVar[str] = ""  # what not every machine has, in words
+    device: ClassVar[str] = ""  # the one type of device that it runs on
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -42,6 +44,10 @@ class Part:
 
     def fits(self, choice: "Choice") -> None:
         """Raises `Incompatible`, naming both, where another part of the choice is no match."""
+
+    def unavailable(self) -> str | None:
+        """What this machine lacks of what the part `requires`; None: it can run here."""
+        return None
 
     def __str__(self) -> str:
         return f"{self.axis} {self.name}"
@@ -110,7 +116,8 @@ class Form(Part):
         return base + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
 
     def absorbed(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":
-        """`stored` with the change in it, exactly and without a new code; None: it has no place."""
+        """`stored` with the change in it, exactly and without a new code (in its zero points), for
+        `merge(requantize=True)`; None: the change has no place there."""
         return None
 
     def bias(self, b0: Tensor | None, p: Tensors) -> Tensor | None:
@@ -360,6 +367,8 @@ class Base(Part):
 class Stored(torch.nn.Module):
     """A frozen [m, n] matrix in some storage, which moves with the model."""
 
+    group: int = 0  # numbers in a row that share a scale; 0: the storage is no code
+
     def __init__(self, W: Tensor) -> None:
         super().__init__()
         self.shape, self.dtype = (W.shape[0], W.shape[1]), W.dtype
@@ -380,6 +389,15 @@ class Stored(torch.nn.Module):
     def set(self, W: Tensor) -> None:
         """Stores another matrix in place of this one, where the storage can take any number."""
         raise Incompatible("a coded base takes no other numbers than its codes")
+
+    def histogram(self) -> Tensor | None:
+        """How often each code stands [codes]; None: the storage is no code."""
+        return None
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What `dense()` takes beside the storage, for as long as a product lasts."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     @property
     def bits(self) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._api import Stored
 from ._quantize import NESTED, Blocks, check_group, dynamic_map, nearest
-from ._registry import Incompatible
+from ._registry import Incompatible, find_part
 
 BACKENDS = ("own", "bitsandbytes")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -42,6 +42,15 @@ def table_names() -> dict[tuple[float, ...], str]:
     from .nf4 import NF4_VALUES
 
     return {NF4_VALUES: "nf4", FP4_VALUES: "fp4"}
+
+
+def base_of(stored: Blocks) -> Any:
+    """The part of the base axis that stores as these codes are."""
+    name = table_names()[stored.table] + ("_dq" if stored.nested is not None else "")
+    settings: dict[str, Any] = {"block": stored.group}
+    if name == "fp4_dq":  # double quantization is a setting there
+        name, settings = "fp4", settings | {"double": True}
+    return find_part("base", name).load(**settings)
 
 
 def check_backend(part: Any) -> None:

@@ -111,6 +111,18 @@ def calibrate(
         return _calibrated(model, planned, batches, counts, parts, bases)
 
 
+def statistics(
+    model: nn.Module,
+    planned: "Sequence[Planned]",
+    batches: Sequence[Mapping[str, Any]],
+    wanted: tuple[str, ...],
+) -> Iterator[tuple["Planned", dict[str, Tensor]]]:
+    """The statistics of each planned matrix, one after the other, as a part's `reduce` has them."""
+    with apart(model, [item.site.path for item in planned]):
+        for group in _groups(planned, wanted):
+            yield from _measure(model, group, batches, wanted)
+
+
 def _calibrated(
     model: nn.Module,
     planned: "Sequence[Planned]",

@@ -3,12 +3,14 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter, build, choose, planned_item
+from ._adapter import Adapter, build, choose, chosen, planned_item
+from ._api import Base
 from ._kinds import shape_of
 from ._layer import refuse_adapted
 from ._registry import Incompatible
@@ -28,13 +30,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that appears whole or not at all."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
+    """A safetensors file that appears whole or not at all, with what `about` says of it."""
     from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, part, {"format": "pt"})
+        own = {k: t.detach().contiguous() for k, t in tensors.items()}
+        save_file(own, part, {"format": "pt", **about})
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -53,6 +56,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise Incompatible(f"{path}: truncated, or not a safetensors file ({error})") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -76,6 +87,7 @@ def save(adapter: Adapter, path: Path) -> Path:
         "format": FORMAT,
         "preset": choice.preset,
         "axes": choice.axes(),
+        "trained_on": trained_on(adapter),
         "rank": choice.rank,
         "alpha": choice.alpha,
         "targets": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
@@ -99,10 +111,20 @@ def save(adapter: Adapter, path: Path) -> Path:
     return path
 
 
-def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapter:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    trainable: bool = True,
+    base: str | Mapping[str, Any] | Base | None = None,
+) -> Adapter:
     """Puts a saved adapter into `model`. No init runs, so no seed matters.
 
-    A base that differs from the one that the adapter was made for is said (`warnings`).
+    Weights that differ from those that the adapter was made for are said (`warnings`), and so is
+    another storage than that which it was trained on.
+
+    Args:
+        base: another part for the base axis, as `attach` takes it; None: the adapter's own.
 
     Raises:
         Incompatible: a file that is missing or truncated, or layers that the model lacks.
@@ -113,7 +135,8 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
     if settings.get("format") != FORMAT:
         raise Incompatible(f"{path}: format {settings.get('format')}, this code reads {FORMAT}")
     tensors = read_tensors(path / WEIGHTS)
-    choice = choose(settings["preset"], settings["rank"], settings["alpha"], **settings["axes"])
+    axes = settings["axes"] | ({} if base is None else {"base": base})
+    choice = choose(settings["preset"], settings["rank"], settings["alpha"], **axes)
     layers, planned = all_layers(model), []
     for saved in settings["sites"].values():
         if saved["path"] not in layers:
@@ -144,7 +167,30 @@ def load(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapt
             f"the first is {other[0]}",
             stacklevel=2,
         )
+    say_other_base(adapter, path, settings.get("trained_on", settings["axes"]["base"]))
     if not trainable:
         for tensor in adapter.parameters():
             tensor.requires_grad_(False)
     return adapter
+
+
+def trained_on(adapter: Adapter) -> dict[str, Any]:
+    """The part of the base axis that the adapter learned on."""
+    return adapter.trained_on or adapter.choice.axes()["base"]
+
+
+def say_other_base(adapter: Adapter, path: Path, learned: dict[str, Any]) -> None:
+    """Warns where an adapter stands on another storage than it learned on, and keeps in mind
+    which that was."""
+    if chosen("base", learned) != adapter.choice.base:
+        adapter.trained_on = learned
+        here = adapter.choice.axes()["base"]
+        warnings.warn(
+            f"{path} was trained on base {_named(learned)} and stands on base {_named(here)}: its "
+            f"outputs differ by what the two storages do",
+            stacklevel=3,
+        )
+
+
+def _named(part: Mapping[str, Any]) -> str:
+    return " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in part.items())

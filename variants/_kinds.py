@@ -209,7 +209,7 @@ class Expert(nn.Module):
     def __init__(self, stack: Tensor, index: int, transposed: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(stack.detach()[index], requires_grad=False)
-        self.transposed = transposed
+        self.index, self.count, self.transposed = index, stack.shape[0], transposed
 
 
 class ExpertKind(Kind):

@@ -62,9 +62,9 @@ class Frozen(Keeper):
 
     bias: Tensor | None
 
-    def __init__(self, stored: Stored, bias: Tensor | None, kind: Kind) -> None:
+    def __init__(self, stored: Stored, bias: Tensor | None, kind: Kind, base: Base) -> None:
         super().__init__()
-        self.stored, self.kind = stored, kind
+        self.stored, self.kind, self.base = stored, kind, base
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.out_features, self.in_features = stored.shape
 
@@ -357,11 +357,12 @@ def freeze(
     """
     kind, bias = kind_of(module)(module), getattr(module, "bias", None)
     if isinstance(module, Frozen) and rows is None and W is None:
-        return Frozen(base.take(module.stored), bias, kind)
+        stored = base.take(module.stored)
+        return Frozen(stored, bias, kind, module.base if stored is module.stored else base)
     matrix = kind.matrix(module) if rows is None else kind.matrix(module)[slice(*rows)]
     if rows is not None and bias is not None:
         bias = nn.Parameter(bias[slice(*rows)], requires_grad=False)
-    return Frozen(base.store(matrix if W is None else W), bias, kind)
+    return Frozen(base.store(matrix if W is None else W), bias, kind, base)
 
 
 def plain(layer: Any, matrix: Callable[[Any], Tensor], own_bias: bool) -> nn.Module:
@@ -380,8 +381,12 @@ def plain(layer: Any, matrix: Callable[[Any], Tensor], own_bias: bool) -> nn.Mod
 def _bias(part: Any, own: bool) -> Tensor | None:
     if not isinstance(part, Adapted):
         return part.bias
-    before = part.frozen.bias
-    bias = part.bias if own else before
+    return own_bias(part) if own else part.frozen.bias
+
+
+def own_bias(layer: Adapted) -> Tensor | None:
+    """The bias as the form has it, in the dtype of the layer's."""
+    bias, before = layer.bias, layer.frozen.bias
     return bias if bias is None or before is None else bias.to(before.dtype)
 
 

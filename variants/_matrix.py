@@ -76,9 +76,14 @@ def pairs() -> Iterator[Pair]:
                 yield Pair((a, x), (b, y), None, str(error))
 
 
+def _apart(part: tuple[str, str]) -> str:
+    """What the part requires that not every machine has: it would make the page another one."""
+    return index()[0][part[0]][part[1]].traits.get("requires", "")
+
+
 def page() -> str:
     """A Markdown page: a table for every two axes, refusals numbered and explained below."""
-    found = {(p.first, p.second): p for p in pairs()}
+    found = {(p.first, p.second): p for p in pairs() if not (_apart(p.first) or _apart(p.second))}
     reasons: dict[str, int] = {}
     total = sum(p.axes is not None for p in found.values())
     lines = [
@@ -91,10 +96,10 @@ def page() -> str:
         f"{total} of {len(found)} pairs are joined, {len(found) - total} are refused.",
     ]
     for a, b in itertools.combinations(AXES, 2):
-        columns = parts()[b]
+        columns = [name for name in parts()[b] if not _apart((b, name))]
         lines += ["", f"## {a} and {b}", "", f"| {a} | {' | '.join(columns)} |",
                   "|---" * (len(columns) + 1) + "|"]  # fmt: skip
-        for x in parts()[a]:
+        for x in (name for name in parts()[a] if not _apart((a, name))):
             marks = []
             for y in columns:
                 pair = found[(a, x), (b, y)]
@@ -106,4 +111,9 @@ def page() -> str:
             lines.append(f"| {x} | {' | '.join(marks)} |")
     lines += ["", "## Reasons", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
+    apart = [f"- {a} {name}: {_apart((a, name))}"
+             for a in AXES for name in parts()[a] if _apart((a, name))]  # fmt: skip
+    if apart:
+        lines += ["", "## Left out", "", "Refused where the machine has not what they need:", ""]
+        lines += apart
     return "\n".join(lines) + "\n"

@@ -17,8 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._adapter import Adapter, build, planned_item
-from ._io import read_settings, read_tensors, write_atomically, write_tensors
+from ._adapter import Adapter, build, choose, planned_item
+from ._api import Base
+from ._io import (
+    read_metadata,
+    read_settings,
+    read_tensors,
+    say_other_base,
+    trained_on,
+    write_atomically,
+    write_tensors,
+)
 from ._kinds import Conv1DKind, kind_of, matrix_of
 from ._peft_method import File, Method, Named, Read
 from ._peft_methods import METHODS, method_of
@@ -70,7 +79,10 @@ def save_peft(adapter: Adapter, path: Path) -> Path:
             stacklevel=3,
         )
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / WEIGHTS, {k: t.detach().clone() for k, t in tensors.items()})
+    # PEFT's settings have no place for it, and it reads no such metadata
+    learned = json.dumps(trained_on(adapter))
+    own = {k: t.detach().clone() for k, t in tensors.items()}
+    write_tensors(path / WEIGHTS, own, lora_variants_base=learned)
     write_atomically(path / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return path
 
@@ -123,8 +135,20 @@ def _task_type(adapter: Adapter) -> str | None:
     return None
 
 
-def load_peft(model: nn.Module, path: str | Path, *, trainable: bool = True) -> Adapter:
+def load_peft(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    trainable: bool = True,
+    base: str | Mapping[str, Any] | Base | None = None,
+) -> Adapter:
     """Puts an adapter in PEFT's format, of any method named above, into `model`.
+
+    PEFT's files do not say how the base was stored in training (QLoRA's in 4 bits): give `base` to
+    have it stored so here. A file that was written here says it, and another base is warned of.
+
+    Args:
+        base: a part of the base axis, as `attach` takes it; None: the weights as they are.
 
     Raises:
         Incompatible: a method or a setting that has no equal here, a missing or truncated file.
@@ -153,7 +177,16 @@ def load_peft(model: nn.Module, path: str | Path, *, trainable: bool = True) -> 
     left = [f"{name}.{key}" for name, found in file.layers.items() for key in found]
     if left or file.shared:
         raise Incompatible(f"{path}: the tensor {[*left, *file.shared][0]} has no equal here")
+    if base is not None:
+        own = read.choice
+        axes = own.axes() | {"base": base}
+        read.choice = choose(own.preset, own.rank, own.alpha, **axes)
     adapter = _built(model, read, modules, config, method.drops(file))
+    learned = read_metadata(path / WEIGHTS).get("lora_variants_base")
+    if learned is None:
+        adapter.notes.append("the file does not say how the base was stored in training")
+    else:
+        say_other_base(adapter, path, json.loads(learned))
     if not trainable:
         for tensor in adapter.parameters():
             tensor.requires_grad_(False)

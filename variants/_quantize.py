@@ -293,6 +293,9 @@ class Blocks(Stored):
         self.decode_into(out)
         return out
 
+    def histogram(self) -> Tensor:
+        return torch.bincount(self.codes, minlength=len(self.table))
+
     @property
     def bits(self) -> int:
         """The stored tensors, without the table and the one offset, which no matrix scales with."""

@@ -14,6 +14,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -309,15 +310,35 @@ def overrides(preset: str, words: Iterable[str]) -> dict[str, dict[str, Any]]:
         else:
             found[axis] = {"name": find_part(axis, value).name}
     for axis, setting, value in settings:
-        part = found.setdefault(axis, dict(own[axis]))
-        fields = find_part(axis, part["name"]).fields
-        if setting not in fields:
-            raise Incompatible(
-                f"{axis} {part['name']} has no setting {setting!r}; its settings: "
-                f"{', '.join(fields) or 'none'}"
-            )
-        part[setting] = _value(f"{axis}.{setting}", fields[setting][0], value)
+        _set(axis, found.setdefault(axis, dict(own[axis])), setting, value)
     return found
+
+
+def typed(axis: str, text: str) -> dict[str, Any]:
+    """The part that NAME, or NAME.SETTING=VALUE.SETTING=VALUE, means, as `attach` takes it.
+
+    >>> typed("base", "nf4.block=128")
+    {'name': 'nf4', 'block': 128}
+    >>> typed("update", "galore.factor=0.5.every=20")
+    {'name': 'galore', 'factor': 0.5, 'every': 20}
+    """
+    name, *settings = re.split(r"\.(?=[A-Za-z_]\w*=)", text)
+    part = {"name": find_part(axis, name).name}
+    for word in settings:
+        setting, _, value = word.partition("=")
+        _set(axis, part, setting, value)
+    return part
+
+
+def _set(axis: str, part: dict[str, Any], setting: str, text: str) -> None:
+    """Puts a setting that was typed into a part, or says which there are."""
+    fields = find_part(axis, part["name"]).fields
+    if setting not in fields:
+        raise Incompatible(
+            f"{axis} {part['name']} has no setting {setting!r}; its settings: "
+            f"{', '.join(fields) or 'none'}"
+        )
+    part[setting] = _value(f"{axis}.{setting}", fields[setting][0], text)
 
 
 def _value(key: str, kind: str, text: str) -> Any:

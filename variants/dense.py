@@ -30,6 +30,10 @@ class Dense(Stored):
     def dense(self) -> Tensor:
         return self.W.to(self.dtype)
 
+    @property
+    def decoded_bytes(self) -> int:
+        return 0 if self.W.dtype == self.dtype else super().decoded_bytes
+
     def set(self, W: Tensor) -> None:
         self.W = nn.Parameter(W.to(self.W.dtype), requires_grad=False)
 

@@ -1,0 +1,85 @@
+"""Tables of text cells: on the screen, in Markdown, in LaTeX (booktabs), and rows as CSV.
+
+>>> table = Table("Errors", ("format", "bits"), [("nf4_dq", "4.127"), ("50 %", "|")])
+>>> print(table.markdown())
+**Errors**
+<BLANKLINE>
+| format | bits |
+|---|---:|
+| nf4_dq | 4.127 |
+| 50 % | \\| |
+>>> print(table.tex())
+% Errors
+\\begin{tabular}{lr}
+\\toprule
+format & bits \\\\
+\\midrule
+nf4\\_dq & 4.127 \\\\
+50 \\% & | \\\\
+\\bottomrule
+\\end{tabular}
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+ESCAPED = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+@dataclass
+class Table:
+    """A title, names of columns, rows of text; the first column stands left, the others right."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def show(self, console: Console) -> None:
+        """On the screen."""
+        shown = RichTable(title=self.title, title_justify="left")
+        for i, name in enumerate(self.columns):
+            shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        for row in self.rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+
+    def markdown(self) -> str:
+        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
+        text = [f"|{'|'.join(line)}|" if i == 1 else "| " + " | ".join(map(_cell, line)) + " |"
+                for i, line in enumerate(lines)]  # fmt: skip
+        return f"**{self.title}**\n\n" + "\n".join(text)
+
+    def tex(self) -> str:
+        """A tabular of the package booktabs, its title as a comment."""
+        head, *rows = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}"
+        parts = [f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows,
+                 r"\bottomrule", r"\end{tabular}"]  # fmt: skip
+        return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _tex(text: str) -> str:
+    return "".join(ESCAPED.get(c, c) for c in text.replace("\\", "/"))
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows under the keys of the first one; None is an empty cell.
+
+    >>> csv_of([{"name": "a,b", "error": 0.5}, {"name": "c", "error": None}]).splitlines()
+    ['name,error', '"a,b",0.5', 'c,']
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
