@@ -74,7 +74,7 @@ def planned(
     axes = overrides(variant, words)
     joint = {
         (init, text): variants.choose(
-            variant, rank, **axes | {"init": typed("init", init), "base": part}
+            variant, rank, None, **axes | {"init": typed("init", init), "base": part}
         )
         for init in inits
         for text, part in parts.items()

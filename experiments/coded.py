@@ -40,7 +40,7 @@ def load_coded(cls: Any, folder: Path, dtype: torch.dtype, **settings: Any) -> t
     from variants._layer import Frozen, replace
 
     labels = {k: settings.pop(k) for k in ("num_labels",) if k in settings}
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
     del config.quantization_config
     if settings.pop("trust_remote_code", False):
         raise BadInput(f"model.path={folder}: weights in codes, and code of its own: not both")

@@ -32,7 +32,8 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
             if word.startswith("task="):
                 saved.task = {"name": _task_named(word.removeprefix("task="))}
         schema = OmegaConf.structured(config.Settings)
-        schema.task = OmegaConf.structured(config.twin(tasks()[saved.task.name]))
+        task = tasks()[OmegaConf.select(saved, "task.name")]
+        schema.task = OmegaConf.structured(config.twin(task))
         settings = OmegaConf.merge(schema, saved)
     except (OmegaConfBaseException, YAMLError, AssertionError) as error:
         why = str(error).splitlines()[0] if str(error) else "not a mapping"

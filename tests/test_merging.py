@@ -17,7 +17,7 @@ from variants._layer import Frozen
 from variants._quantize import decode, encode
 from variants.dense import Dense
 from variants.lora import LoRA
-from variants.qlora import NF4, NF4_VALUES
+from variants.nf4 import NF4, NF4_VALUES
 
 MODELS = {
     "fused, transposed": (lambda: seeded(gpt2), {"targets": "q,v,up"}),

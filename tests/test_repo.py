@@ -31,8 +31,11 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", modules("variants"), ids=lambda f: f.name)
 def test_variants_stand_alone(file: Path) -> None:
-    """torch and the standard library, numpy or scipy; libraries for files where files are read."""
+    """torch and the standard library, numpy or scipy; libraries for files where files are read;
+    bitsandbytes, an extra, where a part says that it requires it."""
     allowed = {"torch", "numpy", "scipy", "variants", *sys.stdlib_module_names}
+    if re.search(r'requires = ".*bitsandbytes', file.read_text()):
+        allowed.add("bitsandbytes")
     if file.name.startswith("_"):
         allowed |= {"safetensors", "rich", "transformers", "bitsandbytes"}
     assert imported(file) <= allowed, imported(file) - allowed
