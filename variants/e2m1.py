@@ -15,6 +15,8 @@ True
 >>> import torch
 >>> E2M1().store(torch.tensor([[6.0, -2.4, 0.3, 5.1]])).dense().tolist()
 [[6.0, -2.0, 0.5, 6.0]]
+>>> [base.store(torch.randn(256, 64)).bits / 256 / 64 for base in (E2M1(), E2M1(double=True))]
+[4.5, 4.126953125]
 """
 
 from dataclasses import dataclass

@@ -19,6 +19,8 @@ True
 >>> W = torch.randn(512, 512)
 >>> [round(base.store(W).bits / W.numel(), 6) for base in (NF4(), NF4Double(), NF(bits=3))]
 [4.5, 4.126953, 3.5]
+>>> NF().store(W).table == NF4_VALUES, NF(offset=0.95).store(W).table == normal(4, 0.95)
+(True, True)
 """
 
 from dataclasses import dataclass
