@@ -27,7 +27,8 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
         saved: Any = OmegaConf.load(path / "config.yaml")
         for key, choices in (("model.kind", config.MODELS), ("task.name", tasks())):
             if OmegaConf.select(saved, key) not in choices:
-                raise BadInput(f"{path / 'config.yaml'}: {key} is none of {', '.join(choices)}")
+                why = f"{key} is none of {', '.join(choices)}"
+                raise BadInput(f"{path / 'config.yaml'}: not the settings of a run ({why})")
         for word in words:
             if word.startswith("task="):
                 saved.task = {"name": _task_named(word.removeprefix("task="))}

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,10 @@ def trained_on(adapter: Adapter) -> dict[str, Any]:
 def say_other_base(adapter: Adapter, path: Path, learned: dict[str, Any]) -> None:
     """Warns where an adapter stands on another storage than it learned on, and keeps in mind
     which that was."""
-    if chosen("base", learned) != adapter.choice.base:
+    here = adapter.choice.axes()["base"]
+    there = {"name": learned["name"], **asdict(chosen("base", learned))}  # type: ignore[call-overload]
+    if _numbers(there) != _numbers(here):
         adapter.trained_on = learned
-        here = adapter.choice.axes()["base"]
         warnings.warn(
             f"{path} was trained on base {_named(learned)} and stands on base {_named(here)}: its "
             f"outputs differ by what the two storages do",
@@ -192,5 +194,11 @@ def say_other_base(adapter: Adapter, path: Path, learned: dict[str, Any]) -> Non
         )
 
 
+def _numbers(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is stored; either backend stores the same."""
+    return {k: v for k, v in part.items() if k != "backend"}
+
+
 def _named(part: Mapping[str, Any]) -> str:
-    return " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in part.items())
+    own = _numbers(part).items()
+    return " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in own)
