@@ -250,10 +250,13 @@ def test_settings_of_no_run(finished: Path, tmp_path: Path, key: str) -> None:
     settings = (finished / "config.yaml").read_text()
     assert key in settings
     (tmp_path / "config.yaml").write_text(settings.replace(key, key.partition(" ")[0] + " zzz"))
-    with pytest.raises(BadInput, match=r"config\.yaml: (model\.kind|task\.name) is none of"):
+    with pytest.raises(
+        BadInput,
+        match=r"config\.yaml: not the settings of a run \((model\.kind|task\.name) is none of",
+    ):
         settings_of_run(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(BadInput, match=r"config\.yaml: model\.kind is none of"):
+    with pytest.raises(BadInput, match=r"settings of a run \(model\.kind is none of"):
         settings_of_run(tmp_path)
 
 
