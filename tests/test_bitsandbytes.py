@@ -161,6 +161,8 @@ def test_what_is_not_theirs_is_neither_written_nor_read() -> None:
             k: t for k, t in tensors.items() if k != "q.weight.absmax"
         },
         "512 codes|256 codes": tensors | {"q.weight": tensors["q.weight"][:-1]},
+        "another table than nf4 and fp4": tensors
+        | {"q.weight.quant_map": tensors["q.weight.quant_map"].flip(0)},
         "of another kind": tensors
         | {"q.weight.nested_quant_map": tensors["q.weight.nested_quant_map"].flip(0)},
     }

@@ -169,6 +169,7 @@ def test_what_cannot_be_is_refused() -> None:
         "base nf4: block=0": ("nf4", "block", 0),
         "base e2m1: block=-1": ("e2m1", "block", -1),
         "base af4: block=1": ("af4", "block", 1),
+        "base nf: block=0": ("nf", "block", 0),
         "base nf: bits=5; choices: 2, 3, 4, 8": ("nf", "bits", 5),
         "base nf: offset=0.3": ("nf", "offset", 0.3),
         "base nf4: backend=cuda; choices: own, bitsandbytes": ("nf4", "backend", "cuda"),

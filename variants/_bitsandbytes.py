@@ -187,9 +187,12 @@ def read(cls: type[AnyBlocks], tensors: Mapping[str, Tensor], name: str) -> AnyB
     if nested and (scaled, tuple(nested["quant_map"].tolist())) != (NESTED, dynamic_map()):
         raise Incompatible(f"{name}: scales in 8 bits of another kind than the dynamic type in "
                            f"blocks of {NESTED}")  # fmt: skip
+    table = tuple(own["quant_map"].float().tolist())
+    if table not in table_names() or group not in BLOCKS:
+        known = " and ".join(table_names().values())
+        raise Incompatible(f"{name}: another table than {known} have, or blocks of {group}")
     like = torch.empty(shape, dtype=dtype, device="meta")
     codes = tensors[name].contiguous().view(torch.uint8).view(-1)  # may lie in another dtype
-    table = tuple(own["quant_map"].float().tolist())
     if not nested:
         return cls(like, codes, own["absmax"].float(), table, group, packed=True)
     return cls(like, codes, nested["absmax"], table, group, packed=True,

@@ -30,7 +30,7 @@ import torch
 
 from ._api import Base, Stored
 from ._bitsandbytes import check_backend, store
-from ._quantize import PACKED, nearest
+from ._quantize import PACKED, check_group, nearest
 from ._registry import Incompatible
 
 NF4_VALUES = (
@@ -123,6 +123,7 @@ class NF(Base, name="nf"):
             raise Incompatible(f"base nf: bits={self.bits}; choices: {choices}")
         if self.offset and not 0.5 < self.offset < 1:
             raise Incompatible(f"base nf: offset={self.offset}: a probability above 0.5, or 0")
+        check_group(self, "block")
 
     def store(self, W: torch.Tensor) -> Stored:
         table = normal(self.bits, self.offset) if self.bits != 4 or self.offset else NF4_VALUES
