@@ -15,6 +15,10 @@ What is written is read back as it was, scales in 8 bits included:
 >>> again = Blocks.from_bitsandbytes(tensors, "q.weight")
 >>> torch.equal(again.dense(), stored.dense()), torch.equal(again.nested, stored.nested)
 (True, True)
+>>> from variants.fp4 import FP4  # whose table is not in order
+>>> stored = FP4().store(torch.randn(6, 64))
+>>> torch.equal(Blocks.from_bitsandbytes(stored.to_bitsandbytes()).dense(), stored.dense())
+True
 """
 
 import importlib.util

@@ -18,10 +18,12 @@ The nearest entry, of each number in units of the largest by size; scales come b
 >>> bool((scales[0] / scales[1] - 1).abs().max() < 0.02), len(dynamic_map())
 (True, 256)
 
-A group of zeros has the code of zero:
+A group of zeros has the code of zero, and a table need not be in order:
 
 >>> encode(torch.zeros(4), (-1.0, 0.0, 1.0), group=4)[0].tolist()
 [1, 1, 1, 1]
+>>> encode(torch.tensor([-2.0, 0.1, 2.0]), (0.0, 1.0, -1.0), group=3)[0].tolist()
+[2, 0, 1]
 
 Eight codes of 3 bits lie in three bytes, the first in the highest bits:
 
@@ -37,6 +39,8 @@ Integers with a zero point reach from the least number to the largest, zero amon
 ([[0, 1, 2, 3], [0, 1, 1, 3]], [0, 1], [1.0, 2.0])
 >>> stored.dense().tolist()
 [[0.0, 1.0, 2.0, 3.0], [-2.0, 0.0, 0.0, 4.0]]
+>>> rounded(torch.tensor([[1.0, 2.0, 3.0]]), 2, 3, symmetric=False).dense().tolist()
+[[1.0, 2.0, 3.0]]
 """
 
 from collections.abc import Iterator, Mapping
