@@ -345,6 +345,7 @@ class Base(Part):
 
     axis = "base"
     lossy: ClassVar[bool] = False  # the stored weight differs from the one given
+    kernels: ClassVar[tuple[str, ...]] = ("backend",)  # settings that change no number
 
     def store(self, W: Tensor) -> "Stored":
         """Stores W [m, n]."""
