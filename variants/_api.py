@@ -392,7 +392,7 @@ class Stored(torch.nn.Module):
         raise Incompatible("a coded base takes no other numbers than its codes")
 
     def histogram(self) -> Tensor | None:
-        """How often each code stands [codes]; None: the storage is no code."""
+        """How often each code stands [codes], in the order of their values; None: no code."""
         return None
 
     @property

@@ -294,7 +294,8 @@ class Blocks(Stored):
         return out
 
     def histogram(self) -> Tensor:
-        return torch.bincount(self.codes, minlength=len(self.table))
+        counts = torch.bincount(self.codes, minlength=len(self.table))
+        return counts[torch.tensor(self.table, device=counts.device).argsort()]
 
     @property
     def bits(self) -> int:
