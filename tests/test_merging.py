@@ -118,6 +118,19 @@ def test_a_form_may_say_its_change_in_the_codes(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(model(x), y)
 
 
+def test_a_merge_into_zero_points_costs_a_rounding_and_no_code() -> None:
+    errors = {}
+    for preset, form in (("qa_lora", None), ("lora", "lora")):
+        base = {"name": "int4", "group": 4, "symmetric": False}
+        own = {} if form else {"form": {"name": "qa_lora", "group": 4}}
+        adapter = _disturb(
+            variants.attach(Toy(), preset, base=base, rank=2, targets="first", **own)
+        )
+        adapter.merge(requantize=True)
+        errors[preset] = adapter.merge_error
+    assert errors["qa_lora"] < 1e-6 and errors["lora"] > 1e-3
+
+
 def test_an_adapter_remembers_the_base_that_it_learned_on(tmp_path: Path) -> None:
     x, words = _inputs(), "base nf4 and stands on base dense"
     adapter = _disturb(variants.attach(Toy(), "lora", base="nf4", rank=2, targets="first"))
