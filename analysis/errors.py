@@ -221,4 +221,6 @@ def _together(pick: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _counts(rows: Sequence[Mapping[str, Any]], text: str) -> Tensor | None:
     found = [row["formats"][text]["codes"] for row in rows]
-    return None if None in found else torch.tensor([f["counts"] for f in found]).sum(0)
+    if None in found:
+        return None
+    return torch.tensor([sum(column) for column in zip(*(f["counts"] for f in found), strict=True)])

@@ -4,9 +4,9 @@ matplotlib comes with the extra `report` and is imported when a figure is made. 
 byte: nothing of the day or of chance is in them.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ Lines = Mapping[str, Sequence[tuple[int, float]]]  # by name, the points (x, y)
 
 def need_matplotlib() -> None:
     """Says what is missing, before anything is computed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         raise Incompatible(
             "figures need matplotlib, which is not installed here: pip install -e '.[report]', "
             "or leave them out with --no-figures"

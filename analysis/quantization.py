@@ -16,13 +16,13 @@ summed squares; of nuclear norms the sum.
 
 Without --text the folder is read one matrix at a time and the model is never built. With it the
 model is loaded in full and runs over the text. Into --out: quantization.json, .csv, .md, .tex, and
-the figures errors and codes as .svg and .png.
+the figures errors, codes and inits as .svg and .png.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     for text, f in formats.items():
         values = (f["roles"][role] for role in roles)
         second.rows.append((text, *(_digits(v[f"{key}_relative"]) for v in (*values, f))))
-    third = Table("worst groups", ("matrix", "format", "row", "column", "numbers",
-                                   "root of mean squared error", "largest number"))  # fmt: skip
+    columns = ("matrix", "format", "row", "column", "numbers", "root of mean squared error",
+               "largest number")  # fmt: skip
+    third = Table("worst groups", columns, left=2)
     for text, f in formats.items():
         for g in f["worst"]:
             where = (str(g[k]) for k in ("row", "column", "numbers"))
@@ -83,7 +84,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     made = [first, second, third]
     for k in norms if found["inits"] else ():
         table = Table(f"{k} error, percent less than the format's alone",
-                      ("init", "format", "rank", *roles, "all"))  # fmt: skip
+                      ("init", "format", "rank", *roles, "all"), left=2)  # fmt: skip
         for init, by_format in found["inits"].items():
             for text, f in by_format.items():
                 values = (*(f["roles"][role] for role in roles), f)
@@ -120,34 +121,53 @@ def flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def drawn(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures: errors by layer, a panel for each role; how often each code stands."""
-    rows = [row for row in found["matrices"] if row["layer"] is not None]
+    """The figures: errors and what inits take off them by layer, a panel for each role; and how
+    often each code stands."""
     key = "frobenius" if found["text"] is None else "activation"
-    several = len({row["stack"] for row in rows}) > 1
-    panels: dict[str, dict[str, dict[int, list[tuple[float, float]]]]] = {}
-    for row in rows:
-        panel = panels.setdefault(f"{row['stack']} {row['role']}" if several else row["role"], {})
-        lines = row["formats"] | {f"{text}, {init}": f for init, by in row["inits"].items()
-                                  for text, f in by.items()}  # fmt: skip
-        for name, f in lines.items():
-            if f[key] is not None:  # of several matrices of one layer (experts), all together
-                pair = f[key], row["norms"][key]
-                panel.setdefault(name, {}).setdefault(row["layer"], []).append(pair)
+
+    def plain(row: Any) -> dict[str, tuple[float, float]]:
+        return {text: (f[key], row["norms"][key]) for text, f in row["formats"].items()}
+
+    def joint(row: Any) -> dict[str, tuple[float, float]]:
+        return {f"{text}, {init}": (f[key], row["formats"][text][key])
+                for init, by_format in row["inits"].items()
+                for text, f in by_format.items()}  # fmt: skip
+
     made = {}
-    if panels:
-        points = {title: {name: [(layer, _root(pairs)) for layer, pairs in by_layer.items()]
-                          for name, by_layer in panel.items()}
-                  for title, panel in panels.items() if panel}  # fmt: skip
-        made["errors"] = figures.lines(points, "layer", f"relative {key} error")
+    errors, left = _by_layer(found, key, plain), _by_layer(found, key, joint)
+    if errors:
+        made["errors"] = figures.lines(errors, "layer", f"relative {key} error")
+    if left:
+        less = {
+            title: {name: [(x, 100 * (1 - y)) for x, y in line] for name, line in own.items()}
+            for title, own in left.items()
+        }
+        made["inits"] = figures.lines(less, "layer", f"{key} error, percent less")
     counts = {text: f["codes"]["counts"] for text, f in found["formats"].items() if f["codes"]}
-    shares = {text: [c / sum(own) for c in own] for text, own in counts.items()}
-    if shares:
-        made["codes"] = figures.bars(shares, "code", "share of the numbers")
+    if counts:
+        shares = {text: [c / sum(own) for c in own] for text, own in counts.items()}
+        made["codes"] = figures.bars(shares, "code, by its value", "share of the numbers")
     return made
 
 
-def _root(pairs: Sequence[tuple[float, float]]) -> float:
-    return (sum(e * e for e, _ in pairs) / sum(w * w for _, w in pairs)) ** 0.5
+def _by_layer(
+    found: Mapping[str, Any], key: str, pick: Callable[[Any], Mapping[str, tuple[Any, Any]]]
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{role: {line: [(layer, error over norm)]}} of the pairs (error, norm) that `pick` gives;
+    several matrices of one role and layer (experts) all together."""
+    rows = [row for row in found["matrices"]
+            if row["layer"] is not None and row["norms"][key] is not None]  # fmt: skip
+    several = len({row["stack"] for row in rows}) > 1
+    squares: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for row in rows:
+        title = f"{row['stack']} {row['role']}" if several else row["role"]
+        for name, pair in pick(row).items():
+            line = squares.setdefault(title, {}).setdefault(name, {})
+            sums = line.setdefault(row["layer"], [0.0, 0.0])
+            line[row["layer"]] = [total + v * v for total, v in zip(sums, pair, strict=True)]
+    return {title: {name: [(layer, (e / w) ** 0.5) for layer, (e, w) in line.items() if w]
+                    for name, line in own.items()}
+            for title, own in squares.items()}  # fmt: skip
 
 
 def default_variant() -> str:

@@ -34,31 +34,31 @@ ESCAPED = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"
 
 @dataclass
 class Table:
-    """A title, names of columns, rows of text; the first column stands left, the others right."""
+    """A title, names of columns, rows of text; the first columns stand left, the others right."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
+    left: int = 1
 
     def show(self, console: Console) -> None:
         """On the screen."""
         shown = RichTable(title=self.title, title_justify="left")
         for i, name in enumerate(self.columns):
-            shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+            shown.add_column(name, justify="left" if i < self.left else "right", overflow="fold")
         for row in self.rows:
             shown.add_row(*row)
         console.print(shown, markup=False)
 
     def markdown(self) -> str:
-        lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
-        text = [f"|{'|'.join(line)}|" if i == 1 else "| " + " | ".join(map(_cell, line)) + " |"
-                for i, line in enumerate(lines)]  # fmt: skip
-        return f"**{self.title}**\n\n" + "\n".join(text)
+        rule = ["---"] * self.left + ["---:"] * (len(self.columns) - self.left)
+        head, *rows = (f"| {' | '.join(map(_cell, row))} |" for row in (self.columns, *self.rows))
+        return "\n".join((f"**{self.title}**", "", head, f"|{'|'.join(rule)}|", *rows))
 
     def tex(self) -> str:
         """A tabular of the package booktabs, its title as a comment."""
         head, *rows = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
-        begin = rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}"
+        begin = rf"\begin{{tabular}}{{{'l' * self.left + 'r' * (len(self.columns) - self.left)}}}"
         parts = [f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows,
                  r"\bottomrule", r"\end{tabular}"]  # fmt: skip
         return "\n".join(parts)

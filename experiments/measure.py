@@ -52,7 +52,7 @@ class Live(TorchDispatchMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage not in self._known:
+        if storage not in self._known and not tensor.is_meta:
             size = storage.nbytes()
             self._known[storage] = size
             self.now += size

@@ -109,6 +109,18 @@ def test_a_step_holds_one_decoded_layer_at_a_time() -> None:
     assert decoded < beyond(2)
 
 
+@pytest.mark.parametrize("base", ["nf4_dq", "int8", "icq"])
+def test_a_code_keeps_no_memory_but_its_own(base: str) -> None:
+    """Scales come in blocks of 256 and codes in groups, filled up; what is kept is not."""
+    model = nn.Sequential(nn.Linear(172, 64, bias=False))
+    settings = {"group": 48} if base == "int8" else {}
+    adapter = variants.attach(model, "lora", rank=1, targets="0", base={"name": base, **settings})
+    stored = adapter.layers["0"].frozen.stored
+    assert resident_bytes(stored) == sum(t.nbytes for t in stored.buffers())
+    extra = 0 if base == "int8" else 4  # of one mean of the scales, which `bits` leaves out
+    assert 8 * (resident_bytes(stored) - extra) == stored.bits
+
+
 def _line(folder: Path, name: str, base: dict[str, Any], **memory: Any) -> dict[str, Any]:
     """A finished run of a sweep."""
     axes = variants.choose("qlora").axes() | {"base": base}

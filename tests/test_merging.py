@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import variants
 from variants._contract import Toy, _disturb, _inputs
 from variants._experts import Unstacked
+from variants._io import say_other_base
 from variants._layer import Frozen
 from variants._quantize import decode, encode
 from variants.dense import Dense
@@ -54,6 +55,12 @@ def test_requantized_is_the_rounded_sum(which: str) -> None:
         torch.testing.assert_close(_weight_of(model, name, adapter), wanted, atol=1e-6, rtol=1e-5)
     for path, W in frozen.items():  # a layer that was not adapted is not rounded again
         assert torch.equal(model.get_submodule(path).weight, W)
+    with torch.no_grad():  # whose codes another adapter takes for its base
+        before = logits(model, IDS)
+        again = _disturb(variants.attach(model, "lora", rank=2, targets="o"))
+        assert not torch.equal(logits(model, IDS), before)
+        again.detach()
+        torch.testing.assert_close(logits(model, IDS), before)
     with pytest.raises(variants.Incompatible, match="merged or detached"):
         adapter.merge()
     with torch.no_grad():
@@ -111,8 +118,21 @@ def test_a_form_may_say_its_change_in_the_codes(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(model(x), y)
 
 
+def test_a_merge_into_zero_points_costs_a_rounding_and_no_code() -> None:
+    errors = {}
+    for preset, form in (("qa_lora", None), ("lora", "lora")):
+        base = {"name": "int4", "group": 4, "symmetric": False}
+        own = {} if form else {"form": {"name": "qa_lora", "group": 4}}
+        adapter = _disturb(
+            variants.attach(Toy(), preset, base=base, rank=2, targets="first", **own)
+        )
+        adapter.merge(requantize=True)
+        errors[preset] = adapter.merge_error
+    assert errors["qa_lora"] < 1e-6 and errors["lora"] > 1e-3
+
+
 def test_an_adapter_remembers_the_base_that_it_learned_on(tmp_path: Path) -> None:
-    x, words = _inputs(), "base nf4 block=64 and stands on base dense"
+    x, words = _inputs(), "base nf4 and stands on base dense"
     adapter = _disturb(variants.attach(Toy(), "lora", base="nf4", rank=2, targets="first"))
     adapter.save(tmp_path / "a")
     p = adapter.layers["first"].params
@@ -120,6 +140,8 @@ def test_an_adapter_remembers_the_base_that_it_learned_on(tmp_path: Path) -> Non
         warnings.simplefilter("error")
         own = variants.load(Toy(), tmp_path / "a")
         same = variants.load(Toy(), tmp_path / "a", base={"name": "nf4", "block": 64})
+        kernel = {"name": "nf4", "backend": "bitsandbytes"}  # which changes no number
+        say_other_base(same, tmp_path, kernel)
     assert torch.equal(own.model(x), adapter.model(x)) and torch.equal(same.model(x), own.model(x))
     with pytest.warns(UserWarning, match=f"was trained on {words}"):
         other = variants.load(Toy(), tmp_path / "a", base="dense")
@@ -132,7 +154,7 @@ def test_an_adapter_remembers_the_base_that_it_learned_on(tmp_path: Path) -> Non
     again.optimizer(1e-3)  # from here on it learns on this base
     again.save(tmp_path / "c")
     variants.load(Toy(), tmp_path / "c")
-    with pytest.warns(UserWarning, match="block=64 and stands on base nf4 block=128"):
+    with pytest.warns(UserWarning, match="base nf4 and stands on base nf4 block=128"):
         variants.load(Toy(), tmp_path / "a", base=NF4(block=128))
     with pytest.raises(variants.Incompatible, match="no such base"):
         variants.load(Toy(), tmp_path / "a", base="nf5")
@@ -160,7 +182,7 @@ def test_peft_s_format_says_the_base_where_it_can(tmp_path: Path) -> None:
         own = variants.load_peft(fresh(), tmp_path, base="nf4")
     with torch.no_grad():
         torch.testing.assert_close(logits(own.model, IDS), logits(model, IDS))
-    with pytest.warns(UserWarning, match="base nf4 block=64 and stands on base dense"):
+    with pytest.warns(UserWarning, match="base nf4 and stands on base dense"):
         variants.load_peft(fresh(), tmp_path)
     import peft
     from safetensors.torch import load_file, save_file

@@ -904,7 +904,9 @@ def started(
     linear: Any = nn.Linear(n, m, bias=False, device="meta")
     linear.weight = nn.Parameter(W, requires_grad=False)
     own = {k: (statistics or {})[k] for k in choice.init.needs}
-    found = choice.init.reduce(W.to(wide(W.dtype)), own, rank) if own else {}
+    found: Tensors = {}
+    if own:
+        found = choice.init.reduce_on(choice.base.storing(W.dtype), W.to(wide(W.dtype)), own, rank)
     return _layer(linear, item, choice, choice.base, 0.0, seed, found, {}, None)
 
 

@@ -345,6 +345,7 @@ class Base(Part):
 
     axis = "base"
     lossy: ClassVar[bool] = False  # the stored weight differs from the one given
+    kernels: ClassVar[tuple[str, ...]] = ("backend",)  # settings that change no number
 
     def store(self, W: Tensor) -> "Stored":
         """Stores W [m, n]."""
@@ -391,7 +392,7 @@ class Stored(torch.nn.Module):
         raise Incompatible("a coded base takes no other numbers than its codes")
 
     def histogram(self) -> Tensor | None:
-        """How often each code stands [codes]; None: the storage is no code."""
+        """How often each code stands [codes], in the order of their values; None: no code."""
         return None
 
     @property

@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +183,20 @@ def trained_on(adapter: Adapter) -> dict[str, Any]:
 def say_other_base(adapter: Adapter, path: Path, learned: dict[str, Any]) -> None:
     """Warns where an adapter stands on another storage than it learned on, and keeps in mind
     which that was."""
-    here = adapter.choice.axes()["base"]
-    there = {"name": learned["name"], **asdict(chosen("base", learned))}  # type: ignore[call-overload]
-    if _numbers(there) != _numbers(here):
+    here = adapter.choice.base
+    there = chosen("base", {k: v for k, v in learned.items() if k not in here.kernels})
+    names = [_named(part) for part in (there, here)]
+    if names[0] != names[1]:
         adapter.trained_on = learned
         warnings.warn(
-            f"{path} was trained on base {_named(learned)} and stands on base {_named(here)}: its "
-            f"outputs differ by what the two storages do",
+            f"{path} was trained on base {names[0]} and stands on base {names[1]}: its outputs "
+            f"differ by what the two storages do",
             stacklevel=3,
         )
 
 
-def _numbers(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what is stored; either backend stores the same."""
-    return {k: v for k, v in part.items() if k != "backend"}
-
-
-def _named(part: Mapping[str, Any]) -> str:
-    own = _numbers(part).items()
-    return " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in own)
+def _named(base: Any) -> str:
+    """The part with the settings that are not its defaults and change its numbers."""
+    given = {f.name: getattr(base, f.name) for f in fields(base) if f.name not in base.kernels}
+    own = {f.name: f.default for f in fields(base)}
+    return " ".join([base.name, *(f"{k}={v}" for k, v in given.items() if v != own[k])])

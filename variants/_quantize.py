@@ -88,7 +88,7 @@ def encode(x: Tensor, table: tuple[float, ...], group: int) -> tuple[Tensor, Ten
         # bitsandbytes multiplies by 1 / absmax, but on the CPU it divides a group that is short
         absmax[-1] = absmax[-1].clamp(min=TINY)
         codes[-group:] = _nearest((groups[-1] / absmax[-1]).clamp(-1, 1), table)
-    return codes[: x.numel()], absmax
+    return _alone(codes[: x.numel()]), absmax
 
 
 def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
         grid = ((scaled + 1.0) * 0.5 * 65535 + 0.5).trunc()
         scaled = -1.0 + (2.0 * grid) / 65535
         scaled[absmax == 0] = -1.0
-    return _nearest(scaled, dynamic_map())[: x.numel()], absmax
+    return _alone(_nearest(scaled, dynamic_map())[: x.numel()]), absmax
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
@@ -236,7 +236,7 @@ class Blocks(Stored):
                     f"group={group}: a [{m}, {n}] matrix of {self.k} bits in groups of {group} "
                     f"numbers has {length} {name}, not {tensor.numel()}"
                 )
-        self.register_buffer("packed", codes if packed else pack(codes, self.k))
+        self.register_buffer("packed", _alone(codes if packed else pack(codes, self.k)))
         self.register_buffer("nested", nested)
         self.register_buffer("offset", None if offset is None else offset.view(torch.int32))
         self.register_buffer("absmax", scales.view(torch.int32))
@@ -298,12 +298,18 @@ class Blocks(Stored):
         return out
 
     def histogram(self) -> Tensor:
-        return torch.bincount(self.codes, minlength=len(self.table))
+        counts = torch.bincount(self.codes, minlength=len(self.table))
+        return counts[torch.tensor(self.table, device=counts.device).argsort()]
 
     @property
     def bits(self) -> int:
         """The stored tensors, without the table and the one offset, which no matrix scales with."""
         return super().bits - (0 if self.offset is None else 32)
+
+
+def _alone(t: Tensor) -> Tensor:
+    """A tensor that keeps no more memory than its own: not the start of one filled up to groups."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def nearest(W: Tensor, table: tuple[float, ...], group: int, double: bool = False) -> Blocks:
