@@ -29,7 +29,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that appears whole or not at all."""
+    """A safetensors file that appears whole or not at all; a full disk is an OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -38,6 +39,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
