@@ -284,6 +284,9 @@ def _check_numbers(settings: Settings) -> None:
         "eval.limit_during": ev.limit_during,
         "eval.max_new_tokens": ev.max_new_tokens,
     }
+    if isinstance(settings.model, Config):
+        sizes = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "vocab_size")
+        positive |= {f"model.{key}": getattr(settings.model, key) for key in sizes}
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise BadInput(f"{key}={value}: a positive number")

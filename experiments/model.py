@@ -121,9 +121,11 @@ def _refuse_broken(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise BadInput(f"model.path={folder}: no config.json there, so no model of transformers")
     try:
-        json.loads((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise BadInput(f"model.path={folder}: config.json is not json ({error})") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"model.path={folder}: config.json is no json object")
     for file in folder.glob("*.safetensors"):
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -217,6 +219,7 @@ def _build(node: Config, num_labels: int) -> tuple[Any, Any]:
     import transformers
 
     tokenizer = _tokenizer(node.tokenizer)
+    _refuse_sizes(node, len(tokenizer))
     cls: Any = transformers.LlamaConfig
     settings = cls(
         hidden_size=node.hidden_size,
@@ -237,6 +240,17 @@ def _build(node: Config, num_labels: int) -> tuple[Any, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(node.seed)
         return cls.from_config(settings, dtype=DTYPES[node.dtype]), tokenizer
+
+
+def _refuse_sizes(node: Config, tokens: int) -> None:
+    if node.hidden_size % (2 * node.heads):  # positions turn pairs of numbers
+        raise BadInput(
+            f"model.hidden_size={node.hidden_size}: a multiple of 2 x {node.heads} heads"
+        )
+    if node.kv_heads is not None and node.heads % node.kv_heads:
+        raise BadInput(f"model.kv_heads={node.kv_heads}: does not divide model.heads={node.heads}")
+    if node.vocab_size is not None and node.vocab_size < tokens:
+        raise BadInput(f"model.vocab_size={node.vocab_size}: the tokenizer has {tokens} tokens")
 
 
 def _tokenizer(folder: str | None) -> Any:

@@ -33,12 +33,15 @@ SCHEMA = 1
 def write_json(path: Path, value: Any) -> None:
     """Atomically; a number that is not finite becomes null, since json has none."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        json.dump(_finite(value), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("w") as file:
+            json.dump(_finite(value), file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
@@ -203,7 +206,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], state: Any
     A kill at any moment leaves one of the two whole: the new one is written beside them, then
     renamed, and each carries a hash of its tensors.
     """
-    from safetensors.torch import save_file
+    from variants._io import write_tensors
 
     folder.mkdir(exist_ok=True)
     new, last, previous = folder / f"new.{os.getpid()}", folder / "last", folder / "previous"
@@ -211,7 +214,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], state: Any
         shutil.rmtree(old, ignore_errors=True)
     new.mkdir()
     try:
-        save_file(tensors, new / "tensors.safetensors")
+        write_tensors(new / "tensors.safetensors", tensors)
         write_json(
             new / "state.json",
             {"step": step, "state": state, "sha256": file_digest(new / "tensors.safetensors")},

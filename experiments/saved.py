@@ -27,33 +27,31 @@ def settings_of_run(run: str | Path, *words: str) -> config.Settings:
         saved: Any = OmegaConf.load(path / "config.yaml")
         for key, choices in (("model.kind", config.MODELS), ("task.name", tasks())):
             if OmegaConf.select(saved, key) not in choices:
-                why = f"{key} is none of {', '.join(choices)}"
-                raise BadInput(f"{path / 'config.yaml'}: not the settings of a run ({why})")
-        for word in words:
-            if word.startswith("task="):
-                saved.task = {"name": _task_named(word.removeprefix("task="))}
+                raise ValueError(f"{key} is none of {', '.join(choices)}")
         schema = OmegaConf.structured(config.Settings)
-        task = tasks()[OmegaConf.select(saved, "task.name")]
-        schema.task = OmegaConf.structured(config.twin(task))
+        schema.task = _keys_of(OmegaConf.select(saved, "task.name"))
         settings = OmegaConf.merge(schema, saved)
-    except (OmegaConfBaseException, YAMLError, AssertionError) as error:
+    except (OmegaConfBaseException, YAMLError, AssertionError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else "not a mapping"
         raise BadInput(f"{path / 'config.yaml'}: not the settings of a run ({why})") from None
-    for word in words:
-        if not word.startswith("task="):
-            _set(settings, word)
+    for word in sorted(words, key=lambda word: not word.startswith("task=")):
+        _set(settings, word)
     return config.settings_of(settings)  # type: ignore[arg-type]
 
 
-def _task_named(name: str) -> str:
-    if name not in tasks():
-        raise BadInput(str(unknown("task", name, list(tasks()))))
-    return name
+def _keys_of(task: str) -> Any:
+    """The keys of a task, typed, with its own defaults."""
+    return OmegaConf.structured(config.twin(tasks()[task]))
 
 
 def _set(settings: Any, word: str) -> None:
     """One `key=value`; a key that does not exist and a value of another type are named."""
     key, _, value = word.partition("=")
+    if key == "task":
+        if value not in tasks():
+            raise BadInput(str(unknown("task", value, list(tasks()))))
+        settings.task = _keys_of(value)
+        return
     if not (key.startswith(("task.", "eval.")) or key == "train.seq_len") or not value:
         raise BadInput(f"{word}: only task=, task.*=, eval.*= and train.seq_len= can be given")
     try:

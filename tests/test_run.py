@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from experiments import record, track
@@ -251,12 +252,11 @@ def test_settings_of_no_run(finished: Path, tmp_path: Path, key: str) -> None:
     assert key in settings
     (tmp_path / "config.yaml").write_text(settings.replace(key, key.partition(" ")[0] + " zzz"))
     with pytest.raises(
-        BadInput,
-        match=r"config\.yaml: not the settings of a run \((model\.kind|task\.name) is none of",
+        BadInput, match=r"not the settings of a run \((model\.kind|task\.name) is none"
     ):
         settings_of_run(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(BadInput, match=r"settings of a run \(model\.kind is none of"):
+    with pytest.raises(BadInput, match=r"not the settings of a run \(model\.kind is none"):
         settings_of_run(tmp_path)
 
 
@@ -279,6 +279,13 @@ BAD = [
     (["study=../elsewhere"], "error: study=../elsewhere: the name of one folder inside out_dir"),
     (["seed=-1"], "error: seed=-1: zero or a positive whole number"),
     (["task=lm", f"task.path={sys.executable}"], "error: task.path="),
+    (["model=config", "model.heads=3"], "error: model.hidden_size=256: a multiple of 2 x 3 heads"),
+    (["model=config", "model.hidden_size=-4"], "error: model.hidden_size=-4: a positive number"),
+    (
+        ["model=config", "model.kv_heads=3"],
+        "error: model.kv_heads=3: does not divide model.heads=4",
+    ),
+    (["model=config", "model.vocab_size=3"], "error: model.vocab_size=3: the tokenizer has 258"),
     (["model=hf", "model.path=./missing"], "error: model.path=./missing: no such folder"),
 ]
 
@@ -308,6 +315,12 @@ def test_a_truncated_model_is_named(tmp_path: Path) -> None:
     done = lab("model=hf", f"model.path={tmp_path}/model", *QUICK, out=tmp_path / "runs", code=1)
     assert done.stderr.strip().endswith("model.safetensors is truncated, or no safetensors file")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    done = lab("model=hf", f"model.path={tmp_path}", *QUICK, out=tmp_path / "runs", code=1)
+    assert done.stderr == f"error: model.path={tmp_path}: config.json is no json object\n"
 
 
 def test_a_divergence_is_a_result(tmp_path: Path) -> None:
@@ -493,12 +506,20 @@ def test_a_checkpoint_survives_a_full_disk_and_damage(
     record.save_checkpoint(tmp_path, 2, tensors, {"a": 2})
 
     def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def full_too(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"tensors\.safetensors: .*No space left"):
             record.save_checkpoint(tmp_path, 3, tensors, {"a": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full_too)
+        with pytest.raises(OSError, match="No space left"):
+            record.write_json(tmp_path / "status.json", {})
+    assert not list(tmp_path.rglob("*.part"))
     found = record.load_checkpoint(tmp_path)
     assert found is not None and found[0] == 2
     assert not list(tmp_path.glob("new.*"))

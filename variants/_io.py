@@ -32,7 +32,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
-    """A safetensors file that appears whole or not at all, with what `about` says of it."""
+    """A safetensors file that appears whole or not at all, with what `about` says of it; a full
+    disk is an OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -42,6 +44,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
