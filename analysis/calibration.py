@@ -114,9 +114,7 @@ def at_most(what: str, design: Design, share: float, studies: int, limit: float 
     return Line(*_parts(line), share - line.error <= limit)
 
 
-def between(
-    what: str, design: Design, share: float, studies: int, low: float, high: float
-) -> Line:
+def between(what: str, design: Design, share: float, studies: int, low: float, high: float) -> Line:
     line = Line(what, design.name, f"{low:.0%} to {high:.0%}", share, studies, True)
     return Line(*_parts(line), low - line.error <= share <= high + line.error)
 
