@@ -105,22 +105,24 @@ class Line:
 
     @property
     def error(self) -> float:
-        """Two standard errors of the simulation."""
-        return 2 * math.sqrt(max(self.share * (1 - self.share), 1e-9) / self.studies)
+        """Of the simulation."""
+        return _error(self.share, self.studies)
 
 
 def at_most(what: str, design: Design, share: float, studies: int, limit: float = 0.05) -> Line:
-    line = Line(what, design.name, f"at most {limit:.0%}", share, studies, True)
-    return Line(*_parts(line), share - line.error <= limit)
+    holds = share - _error(share, studies) <= limit
+    return Line(what, design.name, f"at most {limit:.0%}", share, studies, holds)
 
 
 def between(what: str, design: Design, share: float, studies: int, low: float, high: float) -> Line:
-    line = Line(what, design.name, f"{low:.0%} to {high:.0%}", share, studies, True)
-    return Line(*_parts(line), low - line.error <= share <= high + line.error)
+    error = _error(share, studies)
+    holds = low - error <= share <= high + error
+    return Line(what, design.name, f"{low:.0%} to {high:.0%}", share, studies, holds)
 
 
-def _parts(line: Line) -> tuple[Any, ...]:
-    return line.what, line.design, line.asked, line.share, line.studies
+def _error(share: float, studies: int) -> float:
+    """Two standard errors of a share."""
+    return 2 * math.sqrt(max(share * (1 - share), 1e-9) / studies)
 
 
 def said(rows: Sequence[Verdict], *words: str) -> bool:
@@ -199,8 +201,8 @@ def page(found: Sequence[Line], studies: int, naive: float, corrected: float) ->
         "# Calibration of the report",
         "",
         f"Made by `python -m analysis.calibration --studies {studies}`: simulated studies through",
-        "the code of `analysis.compare`. A share stands with two standard errors of the simulation;",
-        "it holds where it agrees with what is asked within that.",
+        "the code of `analysis.compare`. A share stands with two standard errors of the simulation,",
+        "and holds where it agrees with what is asked within that.",
         "",
         "| figure | studies of | asked | seen | holds |",
         "|---|---|---|---|---|",
@@ -221,8 +223,11 @@ def page(found: Sequence[Line], studies: int, naive: float, corrected: float) ->
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.calibration", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.calibration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--studies", type=int, default=2000, help="of each kind (2000)")
     parser.add_argument("--out", help="a Markdown file to write the table into")
     given = parser.parse_args()

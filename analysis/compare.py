@@ -155,9 +155,9 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
         "better; p is adjusted over the variants (Holm). naive: the best mean of all rates, "
         "corrected: what is reported."
     )
-    keys = _keys(rows, (*tables.VERDICTS[:-1], "baseline_corrected", "detectable", "unreachable",
-                        "seeds_needed", "improvement", "mcnemar", "scope", "reason", "notes"))  # fmt: skip
-    return told + html.table(rows, keys)
+    more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
+    more += ("improvement", "mcnemar", "scope", "notes")
+    return told + html.table(rows, _keys(rows, (*tables.VERDICTS[:-1], *more)))
 
 
 def _keys(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> list[str]:
@@ -206,7 +206,7 @@ def show(report: dict[str, Any]) -> None:
                          justify="left" if key in ("variant", "task", "verdict", "reason", "scope")
                          else "right")  # fmt: skip
     for row in rows:
-        found.add_row(*(tables.shown(row[k]) for k in keys))
+        found.add_row(*(tables.shown(row[k], k) for k in keys))
     screen.print(found)
 
 
@@ -232,8 +232,11 @@ def main(words: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     defaults: Any = OmegaConf.load(ROOT / "conf" / "compare.yaml")
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="*", help="run folders, or folders above them")
     parser.add_argument("--csv", help="a table of results instead")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="a W&B project instead")

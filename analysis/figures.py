@@ -29,16 +29,18 @@ STYLE: dict[str, Any] = {
 MOST = 12  # lines of one figure; more would not be read
 
 
+mpl.rcParams.update(STYLE)  # pyright: ignore
+
+
 def axes(width: float = 4.6, height: float = 3.0) -> tuple[Figure, Any]:
     """A figure with one pair of axes, in the style of all."""
-    with mpl.rc_context(STYLE):
-        return plt.subplots(figsize=(width, height))
+    return plt.subplots(figsize=(width, height))
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Writes NAME.svg and NAME.png and returns the svg's text, its ids its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.png", dpi=200, transparent=False, facecolor="white")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+Table = Any  # a pandas.DataFrame, of which its own types say too little
 LOWER = ("loss", "perplexity", "bits_per_byte", "mse")  # metrics of which less is better
 NEEDED = ("variant", "lr", "seed", "task", "score")
 OPTIONAL = ("rank", "model", "batch_size", "items")
@@ -31,7 +32,7 @@ def lower_is_better(metric: str) -> bool:
     return metric in LOWER
 
 
-def runs(paths: Iterable[str | Path]) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
     """(finished runs below the folders, what is there and not finished: state and reason)."""
     rows, unfinished = [], []
     found = False
@@ -49,7 +50,7 @@ def runs(paths: Iterable[str | Path]) -> tuple[pd.DataFrame, list[dict[str, str]
     if not rows:
         what = f"{len(unfinished)} unfinished runs" if found else "no run folders"
         raise Unreadable(f"{', '.join(map(str, paths))}: {what}, and no finished one")
-    table = pd.DataFrame(rows)
+    table: Table = pd.DataFrame(rows)
     table["code"] = _revisions(table.pop("sources"))
     parts = ["model_hash", "data_hash", "steps", "batch_size", "code"]
     table["setting"] = [_digest(row) for row in table[parts].itertuples(index=False)]
@@ -170,7 +171,7 @@ def _digest(values: Iterable[Any]) -> str:
     return hashlib.sha256(json.dumps([str(v) for v in values]).encode()).hexdigest()[:8]
 
 
-def _revisions(sources: pd.Series) -> list[str]:
+def _revisions(sources: Any) -> list[str]:
     """A name for the code of each run, by the files of which two versions were used.
 
     Runs of two variants import different files, so only files that differ tell them apart.
@@ -183,14 +184,14 @@ def _revisions(sources: pd.Series) -> list[str]:
     return [_digest(files.get(name, "") for name in torn) if torn else "one" for files in sources]
 
 
-def csv(path: str | Path) -> pd.DataFrame:
+def csv(path: str | Path) -> Table:
     """A table with columns variant, lr, seed, task, score; an empty score is a divergence.
 
     Optional: rank, model, batch_size, and `items`: a file of that run's scores, one item a line.
     """
     file = Path(path).expanduser()
     try:
-        table = pd.read_csv(file, skipinitialspace=True)
+        table: Table = pd.read_csv(file, skipinitialspace=True)
     except (OSError, ValueError) as error:
         raise Unreadable(f"--csv {path}: {' '.join(str(error).split())}") from None
     missing = [name for name in NEEDED if name not in table.columns]
@@ -200,7 +201,7 @@ def csv(path: str | Path) -> pd.DataFrame:
             f"there: {', '.join(map(str, table.columns))}"
         )
     for name in ("lr", "score"):
-        numbers = pd.to_numeric(table[name], errors="coerce")
+        numbers: Table = pd.to_numeric(table[name], errors="coerce")
         odd = table.index[numbers.isna() & table[name].notna()]
         odd = [i for i in odd if str(table[name][i]).strip().lower() not in ("nan", "diverged")]
         if odd:
@@ -228,9 +229,10 @@ def csv(path: str | Path) -> pd.DataFrame:
     return table
 
 
-def wandb(project: str) -> pd.DataFrame:
+def wandb(project: str) -> Table:
     """The finished runs of a W&B project, as the tracker wrote them."""
     import wandb as client
+    from wandb.errors import Error
 
     if project.count("/") != 1:
         raise Unreadable(f"--wandb {project}: ENTITY/PROJECT")
@@ -240,12 +242,12 @@ def wandb(project: str) -> pd.DataFrame:
             summary = dict(run.summary)
             if "result" in summary:
                 rows.append(_row(Path(run.name), json.loads(summary["result"])))
-    except (client.errors.Error, OSError, ValueError) as error:
+    except (Error, OSError, ValueError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise Unreadable(f"--wandb {project}: {first[0]}") from None
     if not rows:
         raise Unreadable(f"--wandb {project}: no finished run of this laboratory there")
-    table = pd.DataFrame(rows)
+    table: Table = pd.DataFrame(rows)
     table["code"] = table["git"]
     del table["sources"]
     parts = ["model_hash", "data_hash", "steps", "batch_size", "code"]

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from . import aggregates, stats
-from .load import lower_is_better
+from .load import Table, lower_is_better
 from .verdicts import Rules, Unit
 
 Rows = list[dict[str, Any]]
@@ -288,11 +287,8 @@ def fairness(units: Sequence[Unit], rules: Rules) -> Rows:
     found = []
     for unit in units:
         row = _spent(unit)
-        base = next((b for b in bases if (b.task, b.scope, b.rank) == (unit.task, unit.scope,
-                                                                       unit.rank)), None)  # fmt: skip
-        base = base or next(
-            (b for b in bases if (b.task, b.scope) == (unit.task, unit.scope)), None
-        )
+        here = [b for b in bases if (b.task, b.scope) == (unit.task, unit.scope)]
+        base = next((b for b in here if b.rank == unit.rank), here[0] if here else None)
         unlike = []
         if base is not None and base is not unit:
             theirs = _spent(base)
@@ -414,11 +410,15 @@ def ranks_over_tasks(units: Sequence[Unit], rules: Rules) -> dict[str, Any] | No
     if not np.isfinite(scores).all():
         return None
     p, mean = aggregates.friedman(scores)
-    return {"p": p, "ranks": dict(zip(names, mean.tolist(), strict=True)), "tasks": len(table),
-            "critical_difference": aggregates.critical_difference(len(names), len(table))}  # fmt: skip
+    return {
+        "p": p,
+        "ranks": dict(zip(names, mean.tolist(), strict=True)),
+        "tasks": len(table),
+        "critical_difference": aggregates.critical_difference(len(names), len(table)),
+    }
 
 
-def provenance(table: pd.DataFrame) -> dict[str, list[str]]:
+def provenance(table: Table) -> dict[str, list[str]]:
     """Every version of what the numbers rest on; more than one of a kind is a mixture."""
     found = {}
     for key in ("git", "dirty", "model_hash", "data_hash", "code", "packages", "device", "model"):

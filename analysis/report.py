@@ -24,7 +24,8 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; text-align: left; border-bottom: 1px solid var(--line);
   white-space: nowrap; } td.text { white-space: normal; min-width: 16rem; }
-th { background: var(--band); position: sticky; top: 0; } td.number { text-align: right; }
+th { background: var(--band); position: sticky; top: 0; }
+td.number, th.number { text-align: right; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
 th[aria-sort="ascending"] button::after { content: " \\25B2"; }
 th[aria-sort="descending"] button::after { content: " \\25BC"; }
@@ -34,7 +35,7 @@ tr:last-child td { border-bottom: 0; }
 .inconclusive, .not-comparable { color: var(--dim); font-weight: 600; }
 figure { margin: 0; } figcaption { color: var(--dim); font-size: .82rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
-  gap: 1rem; } .figures svg { width: 100%; height: auto; }
+  gap: 1rem; } .figures svg { width: 100%; height: auto; max-width: 36rem; }
 .single svg { max-width: 44rem; }
 """
 SCRIPT = """
@@ -92,12 +93,20 @@ def table(rows: Sequence[Mapping[str, Any]], keys: Sequence[str] | None = None) 
         return ""
     keys = [k for k in (columns(rows) if keys is None else keys) if k != "unlike"]
     heads = "".join(
-        f'<th scope="col"><button type="button">{escaped(k.replace("_", " "))}</button></th>'
+        f'<th scope="col"{_side(rows, k)}><button type="button">{escaped(k.replace("_", " "))}'
+        f"</button></th>"
         for k in keys
     )
     body = "".join(f"<tr>{''.join(_cell(row, k) for k in keys)}</tr>" for row in rows)
     return (f'<div class="wide"><table><thead><tr>{heads}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")  # fmt: skip
+
+
+def _side(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Heads stand over their numbers."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return ' class="number"' if values and numbers else ""
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
@@ -113,7 +122,7 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
         kind.append(str(value).replace(" ", "-"))
     raw = "" if value is None else value
     classes = f' class="{" ".join(kind)}"' if kind else ""
-    return f'<td{classes} data-value="{escaped(raw)}">{escaped(shown(value))}</td>'
+    return f'<td{classes} data-value="{escaped(raw)}">{escaped(shown(value, key))}</td>'
 
 
 def figures(drawn: Mapping[str, str], single: bool = False) -> str:

@@ -5,7 +5,9 @@ loss, and test runs at that rate are the scores (`confirmed`). Where there is on
 alone, the rate of each seed is chosen on the other seeds (`left one out`): the best mean of all
 rates would be a maximum over noise, which is the naive figure beside it.
 
->>> import numpy as np
+>>> from typing import Any
+
+import numpy as np
 >>> scores = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])     # [seeds, rates], one method twice
 >>> found = left_one_out(-scores, scores)
 >>> found.tolist(), float(np.nanmax(scores.mean(axis=0)))       # naive: .33
@@ -17,13 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from .load import lower_is_better
+from .load import Table, lower_is_better
 from .stats import t_quantile
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Selected:
         return float(np.mean(list(self.scores.values()))) if self.scores else math.nan
 
 
-def curve(rows: pd.DataFrame, by: str) -> Curve:
+def curve(rows: Table, by: str) -> Curve:
     """The table of one variant's runs: rates by seeds; `by` is `loss` or `score`."""
     metric = rows["metric"].iloc[0]
     sign = 1.0 if by == "loss" or lower_is_better(metric) else -1.0
@@ -162,7 +163,7 @@ def noise(values: Array) -> float:
     return float((rest**2).sum()) / ((seeds - 1) * (rates - 1)) / seeds
 
 
-def select(rows: pd.DataFrame) -> Selected:
+def select(rows: Table) -> Selected:
     """The choice for one variant at one rank on one task in one setting."""
     tuning, test = rows[rows["split"] != "test"], rows[rows["split"] == "test"]
     if len(tuning) and len(test):
@@ -172,7 +173,7 @@ def select(rows: pd.DataFrame) -> Selected:
     return _left_out(only, "loss" if by_loss else "score")
 
 
-def _confirmed(rows: pd.DataFrame, tuning: pd.DataFrame, test: pd.DataFrame) -> Selected:
+def _confirmed(rows: Table, tuning: Table, test: Table) -> Selected:
     found = curve(tuning, "loss")
     lr, naive, notes = _best(found)
     confirmed = test[np.isclose(test["lr"].astype(float), lr, rtol=1e-6)]
@@ -193,7 +194,7 @@ def _confirmed(rows: pd.DataFrame, tuning: pd.DataFrame, test: pd.DataFrame) -> 
     )  # fmt: skip
 
 
-def _left_out(rows: pd.DataFrame, by: str) -> Selected:
+def _left_out(rows: Table, by: str) -> Selected:
     found = curve(rows, by)
     sources = {}
     if len(found.lrs) == 1:

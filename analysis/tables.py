@@ -14,11 +14,16 @@ _TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", 
         "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # fmt: skip
 
 
-def shown(value: Any) -> str:
+RATES = ("lr", "chosen", "paper_lr", "baseline_lr")  # columns of learning rates
+
+
+def shown(value: Any, key: str = "") -> str:
     """A cell: numbers in a few digits, lists joined, nothing for None.
 
     >>> [shown(v) for v in (None, 0.000316, 12345678, 49.876543, [16, 4], True, "a_b")]
     ['', '3.16e-04', '12,345,678', '49.877', '16, 4', 'yes', 'a_b']
+    >>> [shown(v, "lr") for v in (0.003162, 0.0001)]
+    ['3.16e-03', '1.00e-04']
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -26,6 +31,8 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float) and key in RATES:
+        return f"{value:.2e}"
     if isinstance(value, float):
         size = abs(value)
         if value == 0:
@@ -58,9 +65,10 @@ def tex(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     <BLANKLINE>
     """
     numeric = [all(not isinstance(row.get(k), str) for row in rows) for k in keys]
-    lines = [rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"\toprule",
-             " & ".join(_escaped(k.replace("_", " ")) for k in keys) + r" \\", r"\midrule"]  # fmt: skip
-    lines += [" & ".join(_escaped(shown(row.get(k))) for k in keys) + r" \\" for row in rows]
+    sides = "".join("r" if n else "l" for n in numeric)
+    heads = " & ".join(_escaped(k.replace("_", " ")) for k in keys)
+    lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", heads + r" \\", r"\midrule"]
+    lines += [" & ".join(_escaped(shown(row.get(k), k)) for k in keys) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -71,7 +79,7 @@ def _escaped(text: str) -> str:
 def markdown(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(k.replace("_", " ") for k in keys) + " |", "|---" * len(keys) + "|"]
-    lines += ["| " + " | ".join(shown(row.get(k)).replace("|", "\\|") for k in keys) + " |"
+    lines += ["| " + " | ".join(shown(row.get(k), k).replace("|", "\\|") for k in keys) + " |"
               for row in rows]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from . import stats
-from .load import items, lower_is_better
+from .load import Table, items, lower_is_better
 from .select import Selected, redrawn, select
 
 ALL = "all"
@@ -89,7 +89,7 @@ class Unit:
     scope: str
     metric: str
     trained: float  # numbers; nan: unknown
-    rows: pd.DataFrame
+    rows: Table
     selected: Selected
 
     @property
@@ -97,7 +97,7 @@ class Unit:
         return self.variant if self.rank is None else f"{self.variant} r{self.rank}"
 
 
-def units(table: pd.DataFrame) -> list[Unit]:
+def units(table: Table) -> list[Unit]:
     """Every comparable heap of runs; what differs within a task is said in its label."""
     table = _labelled(table)
     found = []
@@ -112,7 +112,7 @@ def units(table: pd.DataFrame) -> list[Unit]:
     return found
 
 
-def _labelled(table: pd.DataFrame) -> pd.DataFrame:
+def _labelled(table: Table) -> Table:
     """With `scope` (model and code, where there are several) and `label` of task and setting."""
     table = table.copy()
     table["rank_key"] = [-1 if pd.isna(r) else int(r) for r in table["rank"]]
@@ -129,7 +129,7 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _said(rows: pd.DataFrame, keys: Sequence[tuple[str, str]]) -> list[str]:
+def _said(rows: Table, keys: Sequence[tuple[str, str]]) -> list[str]:
     """For each row the keys that differ among the rows, with its own value."""
     words: list[list[str]] = [[] for _ in range(len(rows))]
     for name, column in keys:
@@ -146,7 +146,7 @@ def _said(rows: pd.DataFrame, keys: Sequence[tuple[str, str]]) -> list[str]:
     return [", ".join(word) for word in words]
 
 
-def _refuse_twins(rows: pd.DataFrame) -> None:
+def _refuse_twins(rows: Table) -> None:
     cell = ["lr", "seed", "split"]
     twice = rows[rows.duplicated(cell, keep=False)].sort_values(cell)
     if len(twice):
