@@ -5,9 +5,7 @@ Agarwal et al. 2021 (arXiv:2108.13264, rliable); the expected best of k trials i
 al. 2019 (arXiv:1909.03004); time to a target with misses at infinity, and its profile up to four
 times the fastest, that of AlgoPerf (Dahl et al. 2023, arXiv:2306.07179).
 
->>> from typing import Any
-
-import numpy as np
+>>> import numpy as np
 >>> iqm(np.arange(8.0)), expected_best(np.array([1.0, 2.0, 3.0])).round(3).tolist()
 (3.5, [2.0, 2.444, 2.667])
 >>> front([(1.0, 5.0), (2.0, 6.0), (3.0, 4.0)])      # cost less, quality more
@@ -16,6 +14,7 @@ import numpy as np
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

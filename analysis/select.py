@@ -5,9 +5,7 @@ loss, and test runs at that rate are the scores (`confirmed`). Where there is on
 alone, the rate of each seed is chosen on the other seeds (`left one out`): the best mean of all
 rates would be a maximum over noise, which is the naive figure beside it.
 
->>> from typing import Any
-
-import numpy as np
+>>> import numpy as np
 >>> scores = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])     # [seeds, rates], one method twice
 >>> found = left_one_out(-scores, scores)
 >>> found.tolist(), float(np.nanmax(scores.mean(axis=0)))       # naive: .33
@@ -17,6 +15,7 @@ import numpy as np
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

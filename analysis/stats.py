@@ -7,9 +7,7 @@ list of such arrays, one a task. Items [n, m] are the same differences item by i
 The exact test flips signs: with n blocks it cannot go below p = 2^(1-n), so that five seeds of one
 task never reach .05 (fair-comparison protocols: Dror et al. 2018; Bouthillier et al. 2021):
 
->>> from typing import Any
-
-import numpy as np
+>>> import numpy as np
 >>> round(sign_flip([np.array([1.0, 2.0, 3.0, 2.5, 1.5])]), 4), least_p(5)
 (0.0625, 0.0625)
 >>> holm([0.01, 0.04, 0.03]).tolist()
@@ -26,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
