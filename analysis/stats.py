@@ -163,7 +163,7 @@ def bootstrap_interval(
     blocks: Blocks,
     items: Sequence[Array | None] | None = None,
     level: float = 0.95,
-    draws: int = 2000,
+    draws: int = 1000,
     seed: int = 0,
 ) -> Interval | None:
     """The studentised bootstrap of seeds and items within tasks (Hall 1988; Davison & Hinkley
