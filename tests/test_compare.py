@@ -190,9 +190,9 @@ def made_run(folder: Path, **over: Any) -> None:
     """A run folder such as experiments/record.py leaves."""
     values = {"variant": "lora", "lr": 1e-3, "seed": 0, "split": "validation", "score": 0.5,
               "loss": 1.0, "status": "done"} | over  # fmt: skip
-    axes = {axis: {"name": name} for axis, name in
-            zip(("form", "init", "scale", "allocation", "update", "base"),
-                (values["variant"], "default", "standard", "uniform", "adamw", "dense"), strict=True)}  # fmt: skip
+    parts = {"form": values["variant"], "init": "default", "scale": "standard",
+             "allocation": "uniform", "update": "adamw", "base": "dense"}  # fmt: skip
+    axes = {axis: {"name": name} for axis, name in parts.items()}
     result = {
         "schema": 1, "run_id": folder.name, "status": values["status"],
         "config": {"variant": values["variant"], "axes": axes, "rank": 8, "lr": values["lr"],
