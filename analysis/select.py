@@ -75,10 +75,13 @@ def curve(rows: Table, by: str) -> Curve:
 
 
 def means(values: Array) -> Array:
-    """The mean of each rate over the seeds that ran it; one divergence makes it infinite."""
+    """The mean of each rate over its seeds; infinite where one diverged, or where another rate has
+    more seeds: the lowest of many means over few is a lucky one."""
     ran = ~np.isnan(values)
+    count = ran.sum(axis=0)
     total = np.where(ran, values, 0.0).sum(axis=0)
-    return np.where(ran.any(axis=0), total / np.maximum(ran.sum(axis=0), 1), np.inf)
+    whole = (count == count.max()) & (count > 0)
+    return np.where(whole, total / np.maximum(count, 1), np.inf)
 
 
 def left_one_out(criterion: Array, scores: Array) -> Array:
@@ -145,7 +148,8 @@ def bracket(criterion: Array) -> str:
     best, last = int(np.argmin(values)), criterion.shape[1] - 1
     if 0 < best < last:
         return "inside"
-    gain = values[1 if best == 0 else last - 1] - values[best]
+    beside = criterion[:, 1 if best == 0 else last - 1]
+    gain = float(np.nanmean(beside)) - values[best] if not np.isnan(beside).all() else np.inf
     side = "low edge" if best == 0 else "high edge"
     whole = criterion[:, np.isfinite(criterion).all(axis=0)]
     free = (whole.shape[0] - 1) * (whole.shape[1] - 1)
