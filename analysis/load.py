@@ -1,0 +1,285 @@
+"""Reads results into one table: run folders, a csv, or a W&B project. Nothing is dropped unsaid.
+
+A row is a run. Columns: `variant` (the preset, and the parts that differ from its own), `rank`,
+`lr`, `seed`, `task`, `model`, `split`, `status`, `score` (the primary metric of the tuned model),
+`base` (the same of the untouched one), `loss`, `source` (where the row came from), what the run
+cost, and `setting`: what must be equal for two runs to be compared (model, data, steps, batch,
+code). Runs of unequal settings are never averaged.
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+Table = Any  # a pandas.DataFrame, of which its own types say too little
+LOWER = ("loss", "perplexity", "bits_per_byte", "mse")  # metrics of which less is better
+NEEDED = ("variant", "lr", "seed", "task", "score")
+OPTIONAL = ("rank", "model", "batch_size", "items")
+
+
+class Unreadable(ValueError):
+    """A folder or table that cannot be compared; the message names what and where."""
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of the metric is better."""
+    return metric in LOWER
+
+
+def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
+    """(finished runs below the folders, what is there and not finished: state and reason)."""
+    rows, unfinished = [], []
+    found = False
+    for path in paths:
+        top = Path(path).expanduser()
+        if not top.exists():
+            raise Unreadable(f"{path}: no such folder")
+        for folder in _folders(top):
+            found = True
+            result = _json(folder / "result.json")
+            if result is None:
+                unfinished.append(_state(folder))
+            else:
+                rows.append(_row(folder, result))
+    if not rows:
+        what = f"{len(unfinished)} unfinished runs" if found else "no run folders"
+        raise Unreadable(f"{', '.join(map(str, paths))}: {what}, and no finished one")
+    table: Table = pd.DataFrame(rows)
+    table["code"] = _revisions(table.pop("sources"))
+    parts = ["model_hash", "data_hash", "steps", "batch_size", "code"]
+    table["setting"] = [_digest(row) for row in table[parts].itertuples(index=False)]
+    return table, unfinished
+
+
+def _folders(top: Path) -> list[Path]:
+    """The run folders at or below `top`; those set aside for a new run are left out."""
+    if (top / "status.json").exists() or (top / "result.json").exists():
+        return [top]
+    marks = {p.parent for name in ("status.json", "result.json") for p in top.glob(f"**/{name}")}
+    return sorted(p for p in marks if ".old" not in p.name)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise Unreadable(f"{path}: truncated, or not json") from None
+
+
+def _state(folder: Path) -> dict[str, str]:
+    status = _json(folder / "status.json") or {}
+    lines = str(status.get("error") or "").splitlines() or [""]
+    return {"run": folder.name, "status": status.get("status", "missing"), "error": lines[0]}
+
+
+def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        config, metrics = result["config"], result["metrics"]
+        primary = metrics["primary"]
+        env = _json(folder / "env.json") or {}
+        old = result.get("forgetting") or {}
+        forgotten = None
+        if old.get("tuned"):
+            forgotten = old["tuned"]["loss"] - old["base"]["loss"]
+        return {
+            "source": str(folder),
+            "run": folder.name,
+            "status": result["status"],
+            "variant": label(config),
+            "rank": config["rank"],
+            "lr": config["lr"],
+            "lr_origin": config.get("lr_origin", ""),
+            "seed": config["seed"],
+            "task": config["task"],
+            "model": config["model"],
+            "split": config["split"],
+            "metric": primary,
+            "score": _number(metrics["tuned"][primary]),
+            "base": _number(metrics["base"][primary]),
+            "loss": _number(metrics["tuned"]["loss"]),
+            "base_loss": _number(metrics["base"]["loss"]),
+            "mean_loss": _number((result.get("learning") or {}).get("mean_loss")),
+            "forgetting": _number(forgotten),
+            "trained": result["params"]["trainable"],
+            "total": result["params"]["total"],
+            "targets": json.dumps(config["targets"]),
+            "steps": config["steps"],
+            "batch_size": config["batch_size"],
+            "tokens": result["tokens"]["seen"],
+            "flops": _number(result["flops"]),
+            "peak_bytes": result["memory"]["peak_bytes"],
+            "saved_bytes": result["memory"]["saved_activation_bytes"],
+            "bits": result["memory"]["stored_bits"],
+            "init_s": result["time"]["init_s"],
+            "train_s": result["time"]["train_s"],
+            "eval_s": result["time"]["eval_s"],
+            "step_ms": _number(result["time"]["step_ms"]),
+            "model_hash": result["provenance"]["model"],
+            "data_hash": result["provenance"]["data"],
+            "git": str((result["provenance"].get("git") or {}).get("commit")),
+            "dirty": (result["provenance"].get("git") or {}).get("dirty"),
+            "device": result["provenance"].get("device"),
+            "packages": json.dumps(result["provenance"].get("packages"), sort_keys=True),
+            "sources": env.get("sources", {}),
+        }
+    except (KeyError, TypeError) as error:
+        raise Unreadable(f"{folder / 'result.json'}: no {error} in it") from None
+
+
+def label(config: Mapping[str, Any]) -> str:
+    """The preset's name, and what it was joined with: `dora +init=pissa`.
+
+    >>> label({"variant": "lora", "axes": {"init": {"name": "pissa", "method": "exact"}}})
+    'lora +init=pissa +init.method=exact'
+    """
+    from variants import Incompatible, describe
+
+    name = config["variant"]
+    try:
+        own = describe(name)["axes"]
+    except Incompatible:  # a variant of the user's own, which is not at hand here
+        return name
+    words = []
+    for axis, part in config["axes"].items():
+        if part["name"] != own[axis]["name"]:
+            words.append(f"+{axis}={part['name']}")
+        home = _defaults(axis, part["name"]) | (own[axis] if own[axis]["name"] == part["name"]
+                                                else {})  # fmt: skip
+        words += [f"+{axis}.{k}={v}" for k, v in part.items() if k != "name" and home.get(k) != v]
+    return " ".join([name, *words])
+
+
+def _defaults(axis: str, part: str) -> dict[str, Any]:
+    from variants._registry import find_part
+
+    return {k: default for k, (_, default) in find_part(axis, part).fields.items()}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _digest(values: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps([str(v) for v in values]).encode()).hexdigest()[:8]
+
+
+def _revisions(sources: Any) -> list[str]:
+    """A name for the code of each run, by the files of which two versions were used.
+
+    Runs of two variants import different files, so only files that differ tell them apart.
+    """
+    versions: dict[str, set[str]] = defaultdict(set)
+    for files in sources:
+        for name, digest in files.items():
+            versions[name].add(digest)
+    torn = sorted(name for name, found in versions.items() if len(found) > 1)
+    return [_digest(files.get(name, "") for name in torn) if torn else "one" for files in sources]
+
+
+def csv(path: str | Path) -> Table:
+    """A table with columns variant, lr, seed, task, score; an empty score is a divergence.
+
+    Optional: rank, model, batch_size, and `items`: a file of that run's scores, one item a line.
+    """
+    file = Path(path).expanduser()
+    try:
+        table: Table = pd.read_csv(file, skipinitialspace=True)
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"--csv {path}: {' '.join(str(error).split())}") from None
+    missing = [name for name in NEEDED if name not in table.columns]
+    if missing:
+        raise Unreadable(
+            f"--csv {path}: no column {missing[0]!r}; needed: {', '.join(NEEDED)}; "
+            f"there: {', '.join(map(str, table.columns))}"
+        )
+    for name in ("lr", "score"):
+        numbers: Table = pd.to_numeric(table[name], errors="coerce")
+        odd = table.index[numbers.isna() & table[name].notna()]
+        odd = [i for i in odd if str(table[name][i]).strip().lower() not in ("nan", "diverged")]
+        if odd:
+            raise Unreadable(f"--csv {path}, line {odd[0] + 2}: {name}={table[name][odd[0]]}: "
+                             f"not a number")  # fmt: skip
+        table[name] = numbers
+    if not len(table):
+        raise Unreadable(f"--csv {path}: no rows")
+    finite = table["score"].map(math.isfinite)
+    table = table.assign(
+        variant=table["variant"].astype(str).str.strip(),
+        task=table["task"].astype(str).str.strip(),
+        status=["done" if ok else "diverged" for ok in finite],
+        score=table["score"].where(finite),
+        source=[f"{file}:{i + 2}" for i in table.index],
+        split="test",
+        metric="score",
+    )
+    for name in ("rank", "model", "batch_size"):
+        if name not in table:
+            table[name] = None
+    keys = table[["model", "batch_size"]].astype(object)
+    keys = keys.where(keys.notna(), None)
+    table["setting"] = [_digest(row) for row in keys.itertuples(index=False)]
+    return table
+
+
+def wandb(project: str) -> Table:
+    """The finished runs of a W&B project, as the tracker wrote them."""
+    import wandb as client
+    from wandb.errors import Error
+
+    if project.count("/") != 1:
+        raise Unreadable(f"--wandb {project}: ENTITY/PROJECT")
+    rows = []
+    try:
+        for run in client.Api(timeout=30).runs(project):
+            summary = dict(run.summary)
+            if "result" in summary:
+                rows.append(_row(Path(run.name), json.loads(summary["result"])))
+    except (Error, OSError, ValueError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unreadable(f"--wandb {project}: {first[0]}") from None
+    if not rows:
+        raise Unreadable(f"--wandb {project}: no finished run of this laboratory there")
+    table: Table = pd.DataFrame(rows)
+    table["code"] = table["git"]
+    del table["sources"]
+    parts = ["model_hash", "data_hash", "steps", "batch_size", "code"]
+    table["setting"] = [_digest(row) for row in table[parts].itertuples(index=False)]
+    return table
+
+
+def items(sources: Sequence[str]) -> list[list[float]] | None:
+    """Each run's score of each item, in one order; None where a run has none, or others.
+
+    An item's score is 1 where the prediction is the reference, as exact match has it.
+    """
+    found, ids = [], None
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            path = path / "predictions.jsonl"
+        if not path.is_file():
+            return None
+        names, values = [], []
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            if isinstance(row, dict):
+                names.append(row.get("id"))
+                if isinstance(row.get("tuned"), float):
+                    return None  # a loss, not a hit or a miss
+                values.append(float(str(row.get("tuned")).strip() == str(row["reference"]).strip()))
+            else:
+                names.append(len(names))
+                values.append(float(row))
+        if ids is not None and names != ids:
+            return None
+        ids = names
+        found.append(values)
+    return found if found and found[0] else None

@@ -1,0 +1,387 @@
+"""analysis.compare: statistics against scipy, verdicts on made studies, the files, the page."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis import aggregates, load, stats, verdicts
+from analysis.calibration import Design, said, study
+from analysis.compare import compare, main
+from analysis.select import bracket, left_one_out
+from analysis.verdicts import Rules
+
+OPTIMA = {"lora": -3.5, "dora": -3.6, "pissa": -4.5, "hira": -2.6}
+GAINS = {"lora": 0.0, "dora": 0.0, "pissa": 0.0, "hira": 3.0}
+
+
+def table(tmp_path: Path, **more: Any) -> Path:
+    """A csv of four methods with optima of their own; one is better by three points."""
+    generator, lines = np.random.default_rng(0), ["variant,lr,seed,task,score" + "".join(
+        f",{k}" for k in more)]  # fmt: skip
+    for name, optimum in OPTIMA.items():
+        for lr in np.arange(-6, -1.4, 0.5):
+            for seed in range(10):
+                score = 50 + GAINS[name] - 3 * (lr - optimum) ** 2 + 0.4 * generator.normal()
+                lines.append(f"{name},{10**lr:.4g},{seed},math,{score:.3f}"
+                             + "".join(f",{v}" for v in more.values()))  # fmt: skip
+    file = tmp_path / "results.csv"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def judged(file: Path, **rules: Any) -> dict[str, verdicts.Verdict]:
+    rows = verdicts.judge(verdicts.units(load.csv(file)), Rules("lora", **rules))
+    return {row.variant: row for row in rows}
+
+
+def test_the_sign_flip_test_is_scipy_s_permutation_test() -> None:
+    from scipy.stats import permutation_test
+
+    for n in (5, 8, 11):
+        d = np.random.default_rng(n).normal(0.4, 1, n)
+        theirs = permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert stats.sign_flip([d]) == pytest.approx(theirs.pvalue, abs=1e-12)
+        one = permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf,
+                               alternative="greater")  # fmt: skip
+        assert stats.sign_flip_above([d]) == pytest.approx(one.pvalue, abs=1e-12)
+    many = np.random.default_rng(0).normal(0.3, 1, 30)  # drawn flips, near the exact p
+    normal = 2 * (1 - 0.5 * (1 + math.erf(many.mean() / many.std() * math.sqrt(30) / 2**0.5)))
+    assert stats.sign_flip([many]) == pytest.approx(normal, abs=0.03)
+
+
+def test_intervals_and_counts_are_scipy_s() -> None:
+    from scipy.stats import binomtest, friedmanchisquare, t, trim_mean
+
+    d = np.random.default_rng(1).normal(1, 2, 9)
+    low, high = t.interval(0.95, 8, d.mean(), d.std(ddof=1) / 3)
+    found = stats.interval([d])
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((low, high))
+    for a, b in ((3, 10), (0, 0), (7, 7), (0, 6)):
+        theirs = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+        assert stats.mcnemar(a, b) == pytest.approx(theirs)
+    values = np.random.default_rng(2).normal(size=16)
+    assert aggregates.iqm(values) == pytest.approx(trim_mean(values, 0.25))
+    for scores in (np.random.default_rng(3).normal(size=(7, 4)),
+                   np.random.default_rng(4).integers(0, 3, (9, 4)).astype(float)):  # fmt: skip
+        theirs = friedmanchisquare(*scores.T).pvalue
+        assert aggregates.friedman(scores)[0] == pytest.approx(theirs)
+
+
+def test_welch_s_rule_over_two_tasks() -> None:
+    """scipy's Welch test of x against -y has the standard error of half their sum twice."""
+    from scipy.stats import ttest_ind
+
+    x, y = np.random.default_rng(5).normal(1, 1, 6), np.random.default_rng(6).normal(2, 3, 9)
+    se, df = stats.standard_error([x, y])
+    theirs = ttest_ind(x, -y, equal_var=False)
+    assert (x.mean() + y.mean()) / 2 / se == pytest.approx(theirs.statistic)
+    assert df == pytest.approx(theirs.df)
+
+
+def test_holm_is_the_published_example() -> None:
+    """Holm 1979's steps on .01 .04 .03 .005, as R's p.adjust gives them."""
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_items_widen_an_interval_that_seeds_alone_make_too_short() -> None:
+    generator = np.random.default_rng(0)
+    own = generator.normal(0, 1, 40)[None]  # the variant's own strength on each item
+    items = 0.5 + own + 0.1 * generator.normal(size=(8, 40))
+    d = items.mean(axis=1)
+    alone, crossed = stats.interval([d]), stats.interval([d], [items])
+    assert alone is not None and crossed is not None
+    assert (crossed.high - crossed.low) > 5 * (alone.high - alone.low)
+    assert crossed.se == pytest.approx(own.std(ddof=1) / math.sqrt(40), rel=0.05)
+
+
+def test_choosing_on_what_is_reported_is_corrected() -> None:
+    draws = [np.random.default_rng(i).normal(size=(6, 7)) for i in range(300)]
+    naive = np.mean([d.mean(axis=0).max() for d in draws])
+    corrected = np.mean([left_one_out(-d, d).mean() for d in draws])
+    assert naive > 0.45
+    assert abs(corrected) < 0.08
+
+
+def test_verdicts_of_tuned_methods(tmp_path: Path) -> None:
+    found = judged(table(tmp_path))
+    assert {k: v.verdict for k, v in found.items()} == {
+        "dora": "equivalent", "hira": "better", "pissa": "equivalent"
+    }  # fmt: skip
+    assert found["hira"].effect == pytest.approx(3, abs=0.6)
+    assert (found["hira"].p or 1) <= 0.05
+    assert found["pissa"].lr == pytest.approx(10**-4.5, rel=0.01)
+    assert found["pissa"].n == 10
+
+
+def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,{s},t,{50 + 9 * (v == 'x') + s / 10}" for v in ("lora", "x")
+              for s in range(5)]  # fmt: skip
+    file = tmp_path / "five.csv"
+    file.write_text("\n".join(lines))
+    row = judged(file)["x"]
+    assert row.verdict == "inconclusive"
+    assert row.unreachable
+    assert row.seeds_needed == 6
+    assert "0.0625" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows: [r for r in rows if not (r[0] == "dora" and float(r[1]) > 1e-4)], "edge"),
+        (lambda rows: [r for r in rows if not (r[0] == "dora" and float(r[1]) < 2e-6)], "unequal"),
+        (lambda rows: [[*r[:2], str(int(r[2]) + 50 * (r[0] == "dora")), *r[3:]] for r in rows],
+         "no seed in common"),
+        (lambda rows: [[*r[:4], "nan"] if r[0] == "dora" else r for r in rows], "diverged"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_not(tmp_path: Path, change: Any, reason: str) -> None:
+    head, *lines = table(tmp_path).read_text().splitlines()
+    rows = change([line.split(",") for line in lines])
+    (tmp_path / "results.csv").write_text("\n".join([head, *map(",".join, rows)]))
+    row = judged(tmp_path / "results.csv")["dora"]
+    assert row.verdict == "not comparable"
+    assert reason in row.reason
+
+
+def test_a_flat_curve_has_no_edge() -> None:
+    generator = np.random.default_rng(0)
+    flat = np.where(np.arange(5) == 4, -0.01, 0.0) + 0.2 * generator.normal(size=(6, 5))
+    rising = -np.arange(5.0) + 0.05 * generator.normal(size=(6, 5))
+    assert bracket(flat) == "inside"
+    assert bracket(rising) == "high edge"
+    assert bracket(-rising) == "low edge"
+
+
+def test_models_and_budgets_are_compared_apart(tmp_path: Path) -> None:
+    one = table(tmp_path, model="a").read_text()
+    two = table(tmp_path, model="b").read_text().splitlines()[1:]
+    (tmp_path / "results.csv").write_text("\n".join([one, *two]))
+    rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "results.csv")), Rules("lora"))
+    assert {row.scope for row in rows} == {"model a", "model b"}
+    assert len(rows) == 6
+    budgets = table(tmp_path, batch_size=8).read_text()
+    more = table(tmp_path, batch_size=16).read_text().splitlines()[1:]
+    (tmp_path / "results.csv").write_text("\n".join([budgets, *more]))
+    rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "results.csv")), Rules("lora"))
+    head = [row for row in rows if row.task == verdicts.ALL]
+    assert {row.verdict for row in head} == {"not comparable"}
+    assert {row.task for row in rows} > {"math (batch 8)", "math (batch 16)"}
+
+
+def test_a_cell_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, lines[1]]))
+    with pytest.raises(load.Unreadable, match="is there twice"):
+        judged(file)
+
+
+def made_run(folder: Path, **over: Any) -> None:
+    """A run folder such as experiments/record.py leaves."""
+    values = {"variant": "lora", "lr": 1e-3, "seed": 0, "split": "validation", "score": 0.5,
+              "loss": 1.0, "status": "done"} | over  # fmt: skip
+    parts = {"form": values["variant"], "init": "default", "scale": "standard",
+             "allocation": "uniform", "update": "adamw", "base": "dense"}  # fmt: skip
+    axes = {axis: {"name": name} for axis, name in parts.items()}
+    result = {
+        "schema": 1, "run_id": folder.name, "status": values["status"],
+        "config": {"variant": values["variant"], "axes": axes, "rank": 8, "lr": values["lr"],
+                   "seed": values["seed"], "task": "skills", "model": "tiny", "steps": 10,
+                   "split": values["split"], "targets": "all-linear", "batch_size": 4},
+        "metrics": {"primary": "exact_match", "base": {"loss": 3.0, "exact_match": 0.0},
+                    "tuned": {"loss": values["loss"], "exact_match": values["score"]}},
+        "forgetting": {"base": {"loss": 0.1}, "tuned": {"loss": 0.3}},
+        "params": {"trainable": 100, "total": 1000},
+        "time": {"init_s": 1.0, "train_s": 2.0, "eval_s": 0.5, "step_ms": 3.0},
+        "memory": {"peak_bytes": 10, "saved_activation_bytes": 5, "stored_bits": 32.0},
+        "tokens": {"seen": 100}, "flops": 1e6,
+        "provenance": {"model": "m", "data": "d", "git": {"commit": "c", "dirty": False},
+                       "packages": {"torch": "2"}, "device": "cpu"},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "status.json").write_text(json.dumps({"status": values["status"]}))
+    (folder / "env.json").write_text(json.dumps({"sources": {"experiments/train.py": "1"}}))
+    rows = [{"step": s, "loss": 1.0, "grad_norm": 1.0, "seconds": s / 10,
+             "validation/loss": 3.0 - s / 5} for s in range(0, 11, 5)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hits = [i < 200 * values["score"] for i in range(200)] if values["score"] else [False] * 200
+    (folder / "predictions.jsonl").write_text("".join(
+        json.dumps({"id": str(i), "reference": "a", "base": "b", "tuned": "a" if h else "b"}) + "\n"
+        for i, h in enumerate(hits)))  # fmt: skip
+
+
+def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, gain in (("lora", 0.0), ("dora", 0.2)):
+        for seed in range(2):
+            for lr, loss in ((1e-4, 1.2), (1e-3, 1.0), (1e-2, 1.5)):
+                made_run(tmp_path / f"{name}-{lr}-{seed}", variant=name, seed=seed, lr=lr,
+                         loss=loss + 0.01 * generator.normal(), score=0.9)  # fmt: skip
+        for seed in range(10, 18):
+            made_run(tmp_path / f"{name}-test-{seed}", variant=name, seed=seed, split="test",
+                     score=0.5 + gain + 0.02 * generator.normal())  # fmt: skip
+    made_run(tmp_path / "dora-diverged", variant="dora", seed=9, lr=1e-1, status="diverged",
+             score=None, loss=None)  # fmt: skip
+    made_run(tmp_path / "lora-tried", variant="lora", seed=9, lr=1e-1, loss=9.0)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "status.json").write_text(
+        json.dumps({"status": "failed", "error": "OSError: full\nmore"})
+    )
+    runs, unfinished = load.runs([tmp_path])
+    report, _ = compare(runs, Rules("lora"), unfinished)
+    (row,) = report["verdicts"]
+    assert (row["verdict"], row["n"], row["selection"]) == ("better", 8, "confirmed")
+    assert row["lr"] == 1e-3
+    assert row["score_naive"] == pytest.approx(0.9)
+    assert row["score_corrected"] == pytest.approx(0.7, abs=0.03)
+    assert row["margin"] == 0.01  # a point of a share
+    assert row["item_wins"] is not None
+    assert report["runs"]["diverged"] == 1
+    assert report["runs"]["unfinished"] == [
+        {"run": "half", "status": "failed", "error": "OSError: full"}
+    ]
+    assert {r["variant"]: r["diverged"] for r in report["stability"]} == {"dora": 1, "lora": 0}
+    reached = {r["variant"]: r for r in report["time_to_target"]}
+    assert reached["dora"]["seconds"] == pytest.approx(2.0)  # a second of it the start
+    assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
+
+
+def test_other_code_is_another_scope(tmp_path: Path) -> None:
+    for i, name in enumerate(("lora", "dora")):
+        made_run(tmp_path / name, variant=name)
+        (tmp_path / name / "env.json").write_text(
+            json.dumps({"sources": {"experiments/train.py": str(i), f"variants/{name}.py": "0"}})
+        )
+    rows = verdicts.judge(verdicts.units(load.runs([tmp_path])[0]), Rules("lora"))
+    assert [row.verdict for row in rows] == ["not comparable"]
+    assert rows[0].scope.startswith("code ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["."], "no run folders"),
+        ([], "give run folders, or --csv FILE"),
+        (["--csv", "none.csv"], "No such file"),
+        (["--csv", "bad.csv"], "no column 'lr'"),
+        (["--csv", "odd.csv"], "odd.csv, line 2: score=high: not a number"),
+        (["--csv", "results.csv", "--baseline", "loraa"], "--baseline loraa: no run of it here"),
+        (["--csv", "results.csv", "--margin", "-1"], "--margin -1.0: a positive number"),
+        (["--wandb", "project"], "ENTITY/PROJECT"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path)
+    Path("bad.csv").write_text("variant,seed\nlora,1\n")
+    Path("odd.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,0,t,high\n")
+    assert main([*words, "--out", "report"]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not Path("report").exists()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report over a csv."""
+    folder = tmp_path_factory.mktemp("compare")
+    assert main(["--csv", str(table(folder)), "--out", str(folder / "report")]) == 0
+    return folder / "report"
+
+
+def test_every_file_is_there(report: Path) -> None:
+    found = json.loads((report / "report.json").read_text())
+    assert found["schema"] == 1
+    keys = {"variant", "task", "verdict", "effect", "low", "high", "p", "n", "lr", "score_naive",
+            "score_corrected"}  # fmt: skip
+    assert all(keys <= set(row) for row in found["verdicts"])
+    for suffix in ("tex", "csv", "md"):
+        assert "hira" in (report / "tables" / f"verdicts.{suffix}").read_text()
+    assert {p.suffix for p in (report / "figures").iterdir()} == {".svg", ".png"}
+    assert all(p.stat().st_size > 5000 for p in (report / "figures").glob("*.png"))
+
+
+def test_the_page_asks_the_network_for_nothing(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    links = re.findall(r'(?:src|href)="([^"#]*)', text) + re.findall(r"url\(([^#)]*)\)", text)
+    assert {link for link in links if link} <= {"data:,"}
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+CHECK = """<script>
+const table = document.querySelector('table'), say = {};
+const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+const column = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'effect');
+const press = () => table.tHead.rows[0].cells[column].querySelector('button').click();
+press(); say.up = names(); press(); say.down = names();
+say.figures = [...document.querySelectorAll('figure svg')].map(
+  svg => svg.getBoundingClientRect().height);
+say.loaded = performance.getEntriesByType('resource').map(entry => entry.name);
+say.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+document.title = 'said ' + JSON.stringify(say);
+</script></body>"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_in_a_browser(report: Path, tmp_path: Path, width: int) -> None:
+    """Headless Chromium: tables sort, figures show, a phone needs no scrolling sideways."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: the page is not looked at by a browser")
+    page = tmp_path / "page.html"
+    page.write_text((report / "index.html").read_text().replace("</body>", CHECK))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    said = re.search(r"<title>said (.*?)</title>", done.stdout)
+    assert said is not None, done.stderr[-500:]
+    told = json.loads(said[1].replace("&amp;", "&"))
+    assert told["up"] == ["dora", "pissa", "hira"] or told["up"] == ["pissa", "dora", "hira"]
+    assert told["down"] == told["up"][::-1]
+    assert len(told["figures"]) >= 4
+    assert min(told["figures"]) > 60
+    assert told["loaded"] == []
+    assert told["wide"] <= 1
+
+
+def test_one_method_under_two_names_is_seldom_told_apart() -> None:
+    """A corner of the table that `python -m analysis.calibration` makes: two errors above 5 %."""
+    generator = np.random.default_rng(0)
+    for design, count in (
+        (Design(6, 1, margin=0.5), 200),
+        (Design(6, 1, rates=7, margin=0.5), 100),
+    ):
+        wrong = [said(study(design, generator), "better", "worse") for _ in range(count)]
+        assert np.mean(wrong) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / count)
+
+
+def test_power_at_the_detectable_effect() -> None:
+    generator = np.random.default_rng(0)
+    size = stats.detectable(8, 0.05) * math.sqrt(2)
+    design = Design(8, 1, effect=size, margin=size)
+    found = [study(design, generator)[0].verdict == "better" for _ in range(200)]
+    assert 0.7 <= np.mean(found) <= 0.9
