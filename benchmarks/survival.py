@@ -20,7 +20,8 @@ from typing import Any
 
 from benchmarks.sweep import ROOT, TINY, text
 
-SAMPLE = 20
+SAMPLE, STEPS = 20, 6
+SETTINGS = [*TINY, f"train.steps={STEPS}", "train.checkpoint_every=1"]
 
 
 class Sweep:
@@ -30,8 +31,8 @@ class Sweep:
         home.mkdir(exist_ok=True)
         self.out, self.home, self.runs = home / "runs", home, runs
         engine = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"] if workers else []
-        self.words = [*engine, "variant=lora,dora", "rank=1,2", f"seed=range({runs // 4})", *TINY,
-                      text(home), "train.checkpoint_every=1"]  # fmt: skip
+        swept = ["variant=lora,dora", "rank=1,2", f"seed=range({runs // 4})"]
+        self.words = [*engine, *swept, *SETTINGS, text(home)]
         self.log = (home / "log.txt").open("w")
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
@@ -75,18 +76,21 @@ def survive(home: Path, runs: int, kills: int, workers: bool, seed: int) -> dict
             time.sleep(0.05)
         time.sleep(chance.uniform(0, 1.5))
         driver = _kill(driver, sweep, workers, chance)
+        print(f"a kill at {len(sweep.results())} results", file=sys.stderr, flush=True)
         for name, made in sweep.results().items():
             first.setdefault(name, made)
     code = driver.wait()
     ends = sweep.results()
     planned = [job["path"] for file in (sweep.out / ".sweeps").glob("sweep-*.json")
                for job in json.loads(file.read_text())["jobs"]]  # fmt: skip
+    flaws = [flaw for path in planned for flaw in _flaws(Path(path))] + _differences(sweep, runs)
+    print("\n".join(flaws), file=sys.stderr)
     return {
         "results": len(ends),
         "twice": sum(ends.get(name) != made for name, made in first.items())
         + len(list(sweep.out.glob("single/*.old*"))),
         "lost": sum(Path(path).name not in ends for path in planned),
-        "corrupt": sum(not _is_whole(Path(path)) for path in planned) + _differ(sweep, runs),
+        "corrupt": len(flaws),
         "resumed": sum("resumed after step" in (Path(p) / "run.log").read_text() for p in planned),
         "as the last exit code": code,
         "seconds": round(time.monotonic() - began),
@@ -124,37 +128,41 @@ def _workers(driver: int) -> list[int]:
     return found
 
 
-def _is_whole(folder: Path) -> bool:
-    """Every file of the run can be read, and each step stands in it once."""
+def _flaws(folder: Path) -> list[str]:
+    """What is wrong with a run: every file can be read, and each step stands in it once."""
     from safetensors.torch import load_file
 
     try:
         result = json.loads((folder / "result.json").read_text())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        status = json.loads((folder / "status.json").read_text())["status"]
+        load_file(folder / "adapter" / "adapter.safetensors")
         steps = [row["step"] for row in rows if "loss" in row]
-        return (
-            result["status"] == "done"
-            and steps == [1, 2]
-            and json.loads((folder / "status.json").read_text())["status"] == "done"
-            and bool(load_file(folder / "adapter" / "adapter.safetensors"))
-            and not list(folder.rglob("*.part"))
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder.name}: {type(error).__name__}: {error}"]
+    facts = {
+        f"result {result['status']}": result["status"] == "done",
+        f"status {status}": status == "done",
+        f"steps {steps}": steps == list(range(1, STEPS + 1)),
+        "a file half written": not list(folder.rglob("*.part")),
+    }
+    return [f"{folder.name}: {fact}" for fact, holds in facts.items() if not holds]
 
 
-def _differ(sweep: Sweep, runs: int) -> int:
-    """How many of a sample differ from runs that nobody disturbed."""
+def _differences(sweep: Sweep, runs: int) -> list[str]:
+    """Which of a sample differ from runs that nobody disturbed."""
     calm = Sweep(sweep.home / "calm", runs, False)
     seeds = random.Random(1).sample(range(runs // 4), min(SAMPLE // 4, runs // 4))
-    words = ["variant=lora,dora", "rank=1,2", f"seed={','.join(map(str, seeds))}", *TINY,
-             text(sweep.home), "train.checkpoint_every=1"]  # fmt: skip
-    assert calm.start(*words).wait() == 0
-    names = calm.results()
+    swept = ["variant=lora,dora", "rank=1,2", f"seed={','.join(map(str, seeds))}"]
+    assert calm.start(*swept, *SETTINGS, text(sweep.home)).wait() == 0
     keys = ("metrics", "config", "learning", "tokens", "ranks")
-    told = [[json.loads((s.out / "single" / name / "result.json").read_text())[key]
-             for name in sorted(names) for key in keys] for s in (calm, sweep)]  # fmt: skip
-    return sum(a != b for a, b in zip(*told, strict=True))
+    found = []
+    for name in calm.results():
+        a, b = (
+            json.loads((s.out / "single" / name / "result.json").read_text()) for s in (calm, sweep)
+        )
+        found += [f"{name}: other {key}" for key in keys if a[key] != b[key]]
+    return found
 
 
 if __name__ == "__main__":

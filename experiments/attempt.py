@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +22,7 @@ from variants import Incompatible
 from . import isolate
 from .config import Settings, restored, settings_of
 from .provenance import sources
-from .record import Terminated
+from .record import NOT_AGAIN, Terminated
 from .tasks import BadInput
 
 STOP = "LORA_STOP"  # the file, in a job's environment, whose being there asks it to stop
@@ -48,7 +50,8 @@ def job(cfg: DictConfig) -> dict[str, Any] | None:
         line = attempt(about)
         if line["status"] == "interrupted":
             raise KeyboardInterrupt(line["error"])
-    if line["status"] in ("failed", "refused"):
+    if line["status"] in NOT_AGAIN:
+        line["error"] = line["error"][:1000]
         print(f"{line['status']}: {hydra.job.override_dirname}: {line['error']}", file=sys.stderr)
     return line
 
@@ -132,6 +135,18 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class SmallReturn(Callback):
+    """A worker's answer is its job's line and no more.
+
+    joblib's workers write to one pipe. One that is killed within a long message leaves half of it
+    there, and the driver waits for the rest for ever; a write of less than 4 kB is all or nothing.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        job_return.cfg = job_return.hydra_cfg = None
+        job_return.overrides = []
 
 
 def terminate(*_: Any) -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,30 @@ def run(
             _server = Server()
             atexit.register(close)
         watch = Watch(_server, limit, grace, stop)
-        if watch.follow(about) != "outdated":
-            return watch.line()
+        with _preempted(watch):
+            if watch.follow(about) != "outdated":
+                return watch.line()
         close()
+
+
+@contextlib.contextmanager
+def _preempted(watch: "Watch") -> Iterator[None]:
+    """Before a scheduler's own handler (submitit's, which queues the job again) the run saves what
+    it has; the handler may end this process."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGUSR2)}
+    theirs = {s: handler for s, handler in handlers.items() if callable(handler)}
+
+    def note(signum: int, frame: Any) -> None:
+        watch.leave()
+        theirs[signum](signum, frame)
+
+    for signum in theirs:
+        signal.signal(signum, note)
+    try:
+        yield
+    finally:
+        for signum, handler in theirs.items():
+            signal.signal(signum, handler)
 
 
 def close() -> None:
@@ -57,12 +78,15 @@ class Server:
     """The server, as its worker sees it."""
 
     def __init__(self) -> None:
+        cores = os.environ.get("SLURM_CPUS_PER_TASK")  # torch would take those of the node
+        environment = {"OMP_NUM_THREADS": cores} if cores else {}
         self.answers, theirs = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.forks", str(theirs)],
             stdin=subprocess.PIPE,
             pass_fds=(theirs,),
             cwd=ROOT,
+            env=environment | os.environ,
             start_new_session=True,  # a terminal's interrupt is for the worker, which passes it on
         )
         os.close(theirs)
@@ -108,6 +132,7 @@ class Watch:
         self.folder: str | None = None
         self.code: int | None = None
         self.why = ""  # we ended it
+        self.left = False  # nobody waits for it any more
         self.began = self.asked = time.monotonic()
 
     def follow(self, about: dict[str, Any]) -> str:
@@ -120,7 +145,7 @@ class Watch:
                     self._look()
                     continue
             except BaseException:
-                self._leave()
+                self.leave()
                 raise
             if "outdated" in message:
                 return "outdated"
@@ -155,8 +180,11 @@ class Watch:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """The worker has to go: the job may save what it has."""
+        if self.left:
+            return
+        self.left = True
         self._kill(signal.SIGTERM)
         end = time.monotonic() + self.grace
         while time.monotonic() < end:

@@ -195,12 +195,14 @@ def _run(prepared: Prepared, screen: Screen, group: str) -> dict[str, Any]:
     log = Log(folder.path / "run.log")
     screen.log = log.write
     own = settings.track.group or settings.study or group
+    folder.sweep_up()
     folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
     job = Run(prepared, loaded, planned, device, screen, group, began)
     try:
         result = job.result()
     except KeyboardInterrupt as error:
-        folder.set_status("interrupted", error=record.interrupted(error))
+        if folder.result is None:  # else there was no more to do
+            folder.set_status("interrupted", error=record.interrupted(error))
         log.write(record.interrupted(error))
         job.tracker.finish(None, failed=True)
         raise

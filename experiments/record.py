@@ -27,12 +27,16 @@ NOT_AGAIN = ("failed", "refused")  # a sweep runs them again when asked, or with
 def write_json(path: Path, value: Any) -> None:
     """Atomically; a number that is not finite becomes null, since json has none."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        json.dump(_finite(value), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("w") as file:
+            json.dump(_finite(value), file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:  # an interrupt, a full disk
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: Any) -> Any:
@@ -127,6 +131,11 @@ class Folder:
         kept = {"group": self.group} if self.group is not None else {}
         new = {"status": status, "time": now, **kept, **details}
         write_json(self.path / "status.json", new)
+
+    def sweep_up(self) -> None:
+        """Takes away what a kill within a write has left; for who holds the run."""
+        for part in self.path.rglob("*.part"):
+            part.unlink(missing_ok=True)
 
     def ended(self, status: str, error: str, sources: dict[str, str] | None = None) -> None:
         """Marks an attempt as failed or refused, unless the run goes on in another process.

@@ -39,6 +39,7 @@ class Row:
     loss: float | None = None  # of training, latest
     validation: float | None = None  # loss, latest
     steps_per_s: float | None = None  # since the run began, validation aside
+    seconds: float | None = None  # of training
     left_s: float | None = None  # training that is left, at this rate
     error: str = ""
 
@@ -64,6 +65,7 @@ def row(folder: Folder) -> Row:
         loss=training.get("loss"),
         validation=validated.get("validation/loss"),
         steps_per_s=rate,
+        seconds=seconds,
         left_s=(steps - step) / rate if running else None,
         error=folder.status.get("error", "").strip().partition("\n")[0] if bad else "",
     )
@@ -155,14 +157,26 @@ def shown(rows: list[Row], limit: int | None) -> Group:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "error")  # type: ignore[arg-type]
     for r in rows[:limit]:
         step = f"{r.step}/{r.steps}" if r.steps is not None else ""
-        table.add_row(r.run, Text(r.state, COLORS.get(r.state, "")), step, _number(r.loss),
-                      _number(r.validation), _number(r.steps_per_s), _time(r.left_s), r.error)  # fmt: skip
+        numbers = [_number(value) for value in (r.loss, r.validation, r.steps_per_s)]
+        state = Text(r.state, COLORS.get(r.state, ""))
+        table.add_row(r.run, state, step, *numbers, _time(r.left_s), r.error)
     states = Counter(r.state for r in rows)
     counts = ", ".join(f"{states[s]} {s}" for s in ORDER if states[s])
     more = (
         f"; {len(rows) - limit} more not shown" if limit is not None and len(rows) > limit else ""
     )
-    return Group(table, Text(f"{len(rows)} runs: {counts}{more}"))
+    return Group(table, Text(f"{len(rows)} runs: {counts}{more}{_rest(rows)}"))
+
+
+def _rest(rows: list[Row]) -> str:
+    """The training that is left, shared by those that run now, at the pace of what is done."""
+    done = [r.seconds for r in rows if r.state in FINISHED and r.seconds]
+    running = [r.left_s for r in rows if r.state == "running"]
+    waiting = sum(r.state in ("missing", "interrupted") for r in rows)
+    if not running or not (done or not waiting) or None in running:
+        return ""
+    each = sum(done) / len(done) if done else 0.0
+    return f"; about {_time((sum(filter(None, running)) + waiting * each) / len(running))} left"
 
 
 def _number(value: float | None) -> str:
