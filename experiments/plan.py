@@ -39,6 +39,7 @@ class Job:
     error: str = ""  # why refused
     name: str = ""  # for people: its overrides less those that all jobs of the sweep have
     line: dict[str, Any] | None = None  # what came of it in this sweep
+    before: int = 0  # when its status had last changed before it was launched
 
     @property
     def folder(self) -> Folder:

@@ -78,6 +78,14 @@ class Folder:
         return found if isinstance(found, dict) else {}
 
     @property
+    def changed_at(self) -> int:
+        """When the status was written, in ns; 0: never."""
+        try:
+            return (self.path / "status.json").stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    @property
     def state(self) -> str:
         """missing; running; interrupted: the next attempt goes on; failed; refused: it cannot be
         built; done; diverged; or, of these two, stale: the code changed since."""
@@ -146,9 +154,8 @@ class Folder:
         with self.locked() as held:
             if held and self.result is None:
                 if sources is None:
-                    env, before = self.path / "env.json", self.path / "status.json"
-                    began = before.stat().st_mtime_ns if before.exists() else 0
-                    if env.exists() and env.stat().st_mtime_ns >= began:
+                    env = self.path / "env.json"
+                    if env.exists() and env.stat().st_mtime_ns >= self.changed_at:
                         sources = (read_json(env) or {}).get("sources")
                 self.set_status(status, error=error, sources=sources or tree())
 

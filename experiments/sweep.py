@@ -110,11 +110,15 @@ class Sweep:
             error = self._launch(free)
             left = [job for job in todo if not self._has_ended(job)]
             lost = [job for job in left if job.line is None or job.line["status"] == "interrupted"]
+            begun = [job for job in lost if job.folder.state != "missing"]
             fruitless = fruitless + 1 if lost and len(left) == len(todo) else 0
+            if fruitless and error is not None and not begun:
+                print(f"error: the launcher does not start: {error}", file=sys.stderr)
+                return
             if error is not None and left and not self.asked:
                 print(f"workers died ({error}): {len(left)} runs are left", file=sys.stderr)
             if fruitless == 3:
-                for job in lost:
+                for job in begun:
                     why = f"its worker died ({error})" if error else "it was interrupted thrice"
                     job.line = {"status": "failed", "error": why, "run": job.path}
                     job.folder.ended("failed", why)
@@ -126,7 +130,7 @@ class Sweep:
         """Puts these before the launcher; their lines, and how it failed if it did."""
         write_plan(self.plan, self.name, self.command, self.jobs)
         for job in jobs:
-            job.line = None
+            job.line, job.before = None, job.folder.changed_at
         try:
             returned = self.launcher.launch([job.words for job in jobs], initial_job_idx=0)
         except Exception as error:  # a worker's death takes its launcher along
@@ -143,7 +147,8 @@ class Sweep:
 
     def _has_ended(self, job: Job) -> bool:
         """By its own word, or, where that was lost with its worker, by its folder."""
-        if job.line is None and job.folder.state in (*FINISHED, *NOT_AGAIN):
+        moved = job.folder.changed_at != job.before
+        if job.line is None and moved and job.folder.state in (*FINISHED, *NOT_AGAIN):
             job.line = {"status": job.folder.state, "run": job.path,
                         "error": job.folder.status.get("error", "")}  # fmt: skip
         return job.line is not None and job.line["status"] in (*FINISHED, *NOT_AGAIN)
