@@ -559,7 +559,7 @@ def portions(count: int, size: int) -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """CUDA: the most that tensors took; CPU: the most that the process took since it began, with
-    all that it has imported and, in a sweep, the runs before."""
+    all that it has imported and, in a sweep of sweep.isolate=false, the runs before."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
