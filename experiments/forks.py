@@ -24,7 +24,7 @@ def serve(answers: int) -> None:
     import torch
     import transformers
 
-    from . import attempt, job  # noqa: F401
+    from . import attempt, job, track  # noqa: F401
 
     assert not torch.cuda.is_initialized()
     for name in ("LlamaForCausalLM", "AutoModelForCausalLM", "PreTrainedTokenizerFast"):
@@ -40,6 +40,8 @@ def serve(answers: int) -> None:
         if _loaded() != code:
             _say(answers, {"outdated": True})
             return
+        if about["job"]["config"]["track"]["mode"] != "disabled":
+            track.ready()
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
@@ -47,7 +49,10 @@ def serve(answers: int) -> None:
             signal.set_wakeup_fd(-1)
             _fork(about, answers)
         _say(answers, {"pid": pid})
-        _say(answers, {"exit": _reaped(pid, woken, about["grace"])})
+        ended = _reaped(pid, woken, about["grace"])
+        if ended != 0:
+            track.mark_dead()
+        _say(answers, {"exit": ended})
 
 
 def _loaded() -> list[tuple[str, int]]:
