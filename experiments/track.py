@@ -5,7 +5,9 @@ nothing, and nothing it does can stop the run. Mode `auto` goes online where the
 network, else offline; it never asks, and never waits for long. The same run keeps its id, so that
 a resumed one continues it. A run that dies is marked failed.
 
-Lines of json go in ({"open": ...}, {"row": ...}, {"finish": ...}), lines of json come back.
+Lines of json go in ({"open": ...}, {"row": ...}, {"finish": ...}), others come back, with the
+id of the run that they are for. The runs of a sweep, each a fork, share one such process: what a
+killed one leaves there (half a line, an answer that nobody took, an open run) is passed over.
 """
 
 import contextlib
@@ -13,8 +15,10 @@ import json
 import netrc
 import os
 import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +30,43 @@ from .network import online
 from .tasks import BadInput
 
 PATIENCE = 120  # seconds that a run waits, at its end, for a slow network
-_server: subprocess.Popen[str] | None = None  # serves every run of this process, one after another
+# serves every run of this process and of its forks, one after another
+_server: subprocess.Popen[str] | None = None
+_owner = 0  # the process that started it
+
+
+def ready() -> subprocess.Popen[str]:
+    """The process beside, started if there is none. A fork has that of its parent."""
+    global _server, _owner
+    if _server is None or (_owner == os.getpid() and _server.poll() is not None):
+        _owner = os.getpid()
+        _server = subprocess.Popen(
+            [sys.executable, "-m", "experiments.track"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            start_new_session=True,  # an interrupt is for the run, which then says so here
+        )
+    return _server
+
+
+def mark_dead() -> None:
+    """The run that is open, if one is, has died: for a parent whose fork did."""
+    if _server is not None:
+        _write(_server, {"finish": {}, "failed": True})
+
+
+def _write(server: subprocess.Popen[str], message: dict[str, Any]) -> bool:
+    """Whether there was anyone to take it. A line of its own, whatever stands before it."""
+    try:
+        assert server.stdin is not None
+        server.stdin.write(f"\n{json.dumps(message)}\n")
+        server.stdin.flush()
+    except OSError:
+        return False
+    return True
 
 
 class Tracker:
@@ -56,6 +96,7 @@ class Tracker:
             "config": config,
             "dir": str(folder.resolve()),
         }
+        self.id = about["id"]
         self._send({"open": about, "track": asdict(track)})
         if track.mode == "online":  # asked for by name: without it there is no run
             answer = self._answer()
@@ -75,38 +116,28 @@ class Tracker:
             self.enabled = False
 
     def _send(self, message: dict[str, Any]) -> None:
-        global _server
-        if not self.enabled:
-            return
-        if _server is None or _server.poll() is not None:
-            _server = subprocess.Popen(
-                [sys.executable, "-m", "experiments.track"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd=Path(__file__).parents[1],
-                start_new_session=True,  # an interrupt is for the run, which then says so here
-            )
-        try:
-            assert _server.stdin is not None
-            _server.stdin.write(json.dumps(message) + "\n")
-            _server.stdin.flush()
-        except OSError:
+        if self.enabled and not _write(ready(), message):
             self.enabled = False
             self.say("track: W&B's process ended; the run goes on without it")
 
     def _answer(self) -> dict[str, Any]:
-        """The next line of the other side, or what stands for it when none comes in time."""
+        """This run's next line of the other side, or what stands for it when none comes in time."""
         assert _server is not None
         assert _server.stdout is not None
-        ready = select.select([_server.stdout], [], [], PATIENCE)[0]
-        line = _server.stdout.readline() if ready else ""
-        if line:
-            return json.loads(line)
+        source, line, end = _server.stdout.fileno(), b"", time.monotonic() + PATIENCE
+        while come := select.select([source], [], [], max(0.0, end - time.monotonic()))[0]:
+            piece = os.read(source, 1)  # no more than its own: a fork after this one reads on
+            if not piece:
+                break
+            line += piece
+            if piece == b"\n":
+                answer, line = json.loads(line), b""
+                if answer["id"] == self.id:
+                    return answer
         self.enabled = False
-        why = "ended" if ready else f"did not answer for {PATIENCE} s"
-        _server.kill()
+        why = "ended" if come else f"did not answer for {PATIENCE} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_server.pid, signal.SIGKILL)  # a fork is not its parent, and cannot .kill() it
         _server.wait()
         text = f"track: W&B's process {why}; the run folder has everything"
         return {"said": [text], "error": text}
@@ -117,14 +148,24 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what W&B prints is not an answer
     run: Any = None
-    said: list[str] = []
+    name, said = "", list[str]()
+
+    def answer(**about: Any) -> None:
+        answers.write(json.dumps({"id": name, **about}) + "\n")
+        answers.flush()
+
     for line in sys.stdin:
-        message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except ValueError:  # empty, or the half that a killed run has written
+            continue
+        if run is not None and "open" in message:  # the one before was killed
+            run.finish(exit_code=1)
         if "open" in message:
+            name = message["open"]["id"]
             run, said = _open(message["open"], message["track"]["mode"])
             if message["track"]["mode"] == "online":
-                answers.write(json.dumps({"error": None if run else said[-1]}) + "\n")
-                answers.flush()
+                answer(error=None if run else said[-1])
         elif "row" in message and run is not None:
             row = message["row"]
             run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
@@ -134,8 +175,7 @@ def serve() -> None:
                     run.summary[key] = value
                 run.finish(exit_code=int(message["failed"]))
                 run = None
-            answers.write(json.dumps({"said": said}) + "\n")
-            answers.flush()
+            answer(said=said)
     if run is not None:
         run.finish(exit_code=1)
 

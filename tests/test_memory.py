@@ -11,8 +11,10 @@ from test_run import QUICK, lab, module, only
 from torch import nn
 
 import variants
-from experiments import record, sweep
+from experiments import record
 from experiments.measure import most_bytes, resident_bytes
+from experiments.overview import table
+from experiments.plan import Job
 
 
 class Finished(NamedTuple):
@@ -121,7 +123,7 @@ def test_a_code_keeps_no_memory_but_its_own(base: str) -> None:
     assert 8 * (resident_bytes(stored) - extra) == stored.bits
 
 
-def _line(folder: Path, name: str, base: dict[str, Any], **memory: Any) -> dict[str, Any]:
+def _job(folder: Path, name: str, base: dict[str, Any], **memory: Any) -> Job:
     """A finished run of a sweep."""
     axes = variants.choose("qlora").axes() | {"base": base}
     result = {
@@ -132,24 +134,34 @@ def _line(folder: Path, name: str, base: dict[str, Any], **memory: Any) -> dict[
     }  # fmt: skip
     (folder / name).mkdir()
     record.write_json(folder / name / "result.json", result)
-    return {"job": [], "status": "done", "run": str(folder / name)}
+    return Job([], {}, str(folder / name))
 
 
 def test_a_sweep_shows_what_varies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nf4 = {"name": "nf4", "block": 64}
-    one = _line(tmp_path, "a", nf4, step_peak_bytes=2**20)
-    same = _line(tmp_path, "b", nf4, step_peak_bytes=2**20)
-    sweep._print([one, same])
+    one = _job(tmp_path, "a", nf4, step_peak_bytes=2**20)
+    same = _job(tmp_path, "b", nf4, step_peak_bytes=2**20)
+    table([one, same], ["done"] * 2)
     alone = capsys.readouterr().out
     assert "variant/base" not in alone and "bits" not in alone and "peak MiB" not in alone
-    block = _line(tmp_path, "c", nf4 | {"block": 128}, stored_bits=4.25, step_peak_bytes=3 * 2**19)
-    sweep._print([one, block, {"job": ["x=1"], "status": "refused", "error": "no"}])
+    block = _job(tmp_path, "c", nf4 | {"block": 128}, stored_bits=4.25, step_peak_bytes=3 * 2**19)
+    config = {"variant": {"name": "lora"}, "rank": 3, "optim": {"lr": None}, "seed": 0}
+    refused = Job(["x=1"], config, None, error="no", name="x=1")
+    table([one, block, refused], ["done", "done", "refused"])
     several = capsys.readouterr().out
-    for word in ("variant/base", "nf4 block=64", "nf4 block=128", "bits", "4.25", "1.50", "x=1"):
+    for word in (
+        "variant/base",
+        "nf4 block=64",
+        "nf4 block=128",
+        "bits",
+        "4.25",
+        "1.50",
+        "x=1: no",
+    ):
         assert word in several
-    dense = _line(tmp_path, "d", {"name": "dense"}, stored_bits=32)  # a run of older code
-    sweep._print([one, dense])
+    dense = _job(tmp_path, "d", {"name": "dense"}, stored_bits=32)  # a run of older code
+    table([one, dense], ["done"] * 2)
     assert "nf4 block" not in (two := capsys.readouterr().out) and "dense" in two and "32" in two
-    gpu = _line(tmp_path, "e", nf4, peak_of="tensors on the GPU", peak_bytes=5 * 2**20)
-    sweep._print([one, gpu])
+    gpu = _job(tmp_path, "e", nf4, peak_of="tensors on the GPU", peak_bytes=5 * 2**20)
+    table([one, gpu], ["done"] * 2)
     assert "5.00" in capsys.readouterr().out
