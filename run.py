@@ -2,20 +2,21 @@
 
 import gc
 import sys
+from typing import Any
 
 gc.disable()  # imports take a fifth less; on again once the model is loaded (experiments/job.py)
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments import sweep
+from experiments import attempt, command
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def job(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> Any:
     """One run. Torch and all that is slow to import comes from here on."""
-    sweep.job(cfg)
+    return attempt.job(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(sweep.guarded(job))
+    sys.exit(command.guarded(job))

@@ -7,7 +7,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,16 @@ class Track:
 
 
 @dataclass
+class Sweep:
+    """What a multirun (-m) does with its runs."""
+
+    isolate: bool = True  # each run in a process of its own, which alone is lost when it dies
+    time_limit: Any = None  # of an attempt: seconds, or 90s, 30m, 2h, 1d; null: none
+    grace: float = 30.0  # seconds from the request to stop until a run is killed
+    retry: Any = None  # states to run again: failed, refused, stale, done, diverged; or a list
+
+
+@dataclass
 class Tiny:
     """The embedded default: a Llama of 0.3M parameters, pretrained by experiments/pretrain.py."""
 
@@ -129,6 +142,7 @@ class Settings:
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
     track: Track = field(default_factory=Track)
+    sweep: Sweep = field(default_factory=Sweep)
     device: str = "auto"
     out_dir: str = "runs"
     study: str | None = None
@@ -137,7 +151,7 @@ class Settings:
 
 
 # Keys that cannot change a result: not in the hash.
-OUTSIDE = ("track", "device", "out_dir", "study", "dry", "rerun")
+OUTSIDE = ("track", "sweep", "device", "out_dir", "study", "dry", "rerun")
 OUTSIDE_TRAIN = ("checkpoint_every", "log_every")
 CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -146,6 +160,8 @@ CHOICES = {
     "track.mode": ("auto", "online", "offline", "disabled"),
     "model.dtype": ("fp32", "bf16", "fp16"),
 }
+AGAIN = ("failed", "refused", "stale", "done", "diverged")  # states that sweep.retry takes
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
@@ -156,6 +172,9 @@ def register() -> None:
     store.__deepcopy__ = lambda memo: store
     store.store(name="schema", node=Settings)
     OmegaConf.register_new_resolver("more_keys", more_keys, replace=True)
+    # before Hydra looks for plugins, so that conf/ composes from anywhere
+    sweeper = {"_target_": "hydra_plugins.lab_sweeper.LabSweeper", "params": None}
+    store.store(group="hydra/sweeper", name="lab", node=sweeper)
     for name, cls in MODELS.items():
         store.store(group="model", name=name, node=cls)
     for name, task in tasks().items():
@@ -231,8 +250,64 @@ def settings_of(cfg: DictConfig) -> Settings:
         value = getattr(getattr(settings, group), name)
         if value not in choices:
             raise BadInput(f"{key}={value}: choices: {', '.join(choices)}")
+    settings.sweep.time_limit = seconds("sweep.time_limit", settings.sweep.time_limit)
+    settings.sweep.retry = states_of(settings.sweep.retry)
     _check_numbers(settings)
     return settings
+
+
+def restored(plain: dict[str, Any]) -> DictConfig:
+    """The configuration of which `plain` is the content."""
+    return OmegaConf.merge(_schema(), plain)  # type: ignore[return-value]
+
+
+@cache
+def _schema() -> DictConfig:
+    """For merging into; a merge leaves it as it is."""
+    return OmegaConf.structured(Settings)
+
+
+def seconds(key: str, value: Any) -> float | None:
+    """A duration; None: none.
+
+    >>> seconds("sweep.time_limit", "1h30m")
+    5400.0
+    """
+    if value is None:
+        return None
+    pieces = re.findall(r"([\d.]+)([smhd]?)", str(value))
+    try:
+        found = sum(float(number) * UNITS[unit] for number, unit in pieces)
+    except ValueError:
+        found = 0.0
+    if found <= 0 or "".join(n + u for n, u in pieces) != str(value):
+        raise BadInput(f"{key}={value}: seconds, or a time such as 90s, 30m, 1h30m, 2d")
+    return found
+
+
+def states_of(value: Any) -> list[str]:
+    """`sweep.retry` as a list."""
+    found = [value] if isinstance(value, str) else list(value or ())
+    for state in found:
+        if state not in AGAIN:
+            raise BadInput(f"sweep.retry={state}: choices: {', '.join(AGAIN)}")
+    return found
+
+
+def stamp(values: Mapping[str, Any]) -> list[Any]:
+    """[file, size, time] of every file that a value names, and of those in a folder so named.
+
+    While it is the same, so are model and data.
+    """
+    found = []
+    for value in values.values():
+        path = Path(value).expanduser() if isinstance(value, str) and value else None
+        if path is None or len(str(path)) > 1000 or not path.exists():
+            continue
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            stat = file.stat()
+            found.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def _refuse_unknown(node: DictConfig, prefix: str) -> None:
@@ -275,6 +350,7 @@ def _check_numbers(settings: Settings) -> None:
         "eval.limit": ev.limit,
         "eval.limit_during": ev.limit_during,
         "eval.max_new_tokens": ev.max_new_tokens,
+        "sweep.grace": settings.sweep.grace,
     }
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:

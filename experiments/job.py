@@ -21,13 +21,13 @@ from variants._adapter import Adapter, Choice, Planned, build, choose, needs, pl
 from variants._api import Stored
 from variants._registry import find_preset
 
-from . import batches, record
-from .config import Settings, fill, run_hash
+from . import batches, provenance, record
+from .config import Settings, fill, run_hash, stamp
 from .evaluate import Scorer, Scores, write_predictions
 from .model import Loaded, Source
 from .record import Folder, Log
 from .screen import Screen
-from .tasks import BadInput, Example, Splits
+from .tasks import BadInput, Example, Splits, Task
 from .tasks.lm import LanguageModelling
 from .track import Tracker
 from .train import Diverged, Trainer
@@ -56,30 +56,61 @@ class Prepared:
         return self.folder.path.name
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Resolves every default and names the run; raises on what cannot be."""
+def prepare(settings: Settings, inputs: "Inputs | None" = None) -> Prepared:
+    """Resolves every default and names the run; raises on what cannot be.
+
+    `inputs` remembers data and models between the runs of a sweep.
+    """
+    inputs = inputs or Inputs()
     axes = {axis: settings.variant[axis] for axis in variants.parts()}
     choice = choose(settings.variant["name"], settings.rank, settings.alpha, **axes)
-    splits = settings.task.splits()
+    splits, data = inputs.data(settings.task)
     fill(settings, len(splits.train))
-    source = Source(settings.model)
+    source = inputs.source(settings.model)
     lr, origin = learning_rate(settings, source.width)
     identity = {"preset": choice.preset, "axes": choice.axes(), "rank": choice.rank,
                 "alpha": choice.alpha}  # fmt: skip
     settings.rank, settings.alpha = choice.rank, choice.alpha
     if settings.targets is None:
         settings.targets = find_preset(choice.preset).targets
-    data = splits.digest() + (_text_digest(settings.eval.forgetting) or "")
+    data += _text_digest(settings.eval.forgetting) or ""
     digest = run_hash(settings, identity, lr, source.digest, data)
     rank = f"-r{choice.rank}" if choice.rank is not None else ""
     path = Path(settings.out_dir) / (settings.study or "single") / f"{choice.preset}{rank}-{digest}"
     return Prepared(settings, splits, source, choice, lr, origin, Folder(path))
 
 
+class Inputs:
+    """Data and models, read and hashed once for as long as their files stay as they are."""
+
+    def __init__(self) -> None:
+        self._data: dict[Any, tuple[Splits, str]] = {}
+        self._sources: dict[Any, Source] = {}
+
+    def data(self, task: Task) -> tuple[Splits, str]:
+        """The items of a task and their hash."""
+        key = _key(task)
+        if key not in self._data:
+            splits = task.splits()
+            if len(self._data) == 4:  # a text may be large
+                del self._data[next(iter(self._data))]
+            self._data[key] = splits, splits.digest()
+        return self._data[key]
+
+    def source(self, model: Any) -> Source:
+        """A model that is not loaded yet."""
+        return self._sources.setdefault(_key(model), Source(model))
+
+
+def _key(settings: Any) -> str:
+    """One data set or model, in the state in which its files are."""
+    return f"{settings!r} {stamp(asdict(settings))}"
+
+
 def _text_digest(path: str | None) -> str | None:
     if path is None:
         return None
-    digest = record.file_digest(Path(path).expanduser())
+    digest = provenance.file_digest(Path(path).expanduser())
     if digest is None:
         raise BadInput(f"eval.forgetting={path}: no such file")
     return digest
@@ -100,26 +131,48 @@ def learning_rate(settings: Settings, width: int | None) -> tuple[float, str]:
     )
 
 
+class Held(BadInput):
+    """Another process has this very run."""
+
+
 def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, Any]:
     """Runs, or resumes, or reports what is finished; returns result.json's content."""
     folder, settings = prepared.folder, prepared.settings
     finished = folder.result
     if finished is not None and not settings.rerun:
-        changed = folder.changed_sources()
-        if changed:
-            screen.say(
-                f"finished with other code ({', '.join(changed[:3])}"
-                f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
-                f"again beside the old one"
-            )
-        _regroup(prepared, finished, screen, group)
-        screen.say("finished before; rerun=true runs it again beside the old one")
-        if not (folder.path / "adapter" / "adapter.json").is_file():
-            screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
-        screen.finished(finished, folder.path)
+        _say_finished(prepared, finished, screen, group)
         return finished
-    if finished is not None:
-        screen.say(f"the finished run was set aside as {folder.set_aside()}")
+    with folder.locked() as held:
+        if not held:
+            raise Held(f"{folder.path}: another process is running this very run ({folder.holder})")
+        finished = folder.result  # since then
+        if finished is not None and not settings.rerun:
+            screen.finished(finished, folder.path)
+            return finished
+        if finished is not None:
+            screen.say(f"the finished run was set aside as {folder.set_aside()}")
+        return _run(prepared, screen, group)
+
+
+def _say_finished(prepared: Prepared, finished: dict[str, Any], screen: Screen, group: str) -> None:
+    folder = prepared.folder
+    changed = folder.changed_sources()
+    if changed:
+        screen.say(
+            f"finished with other code ({', '.join(changed[:3])}"
+            f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
+            f"again beside the old one"
+        )
+    _regroup(prepared, finished, screen, group)
+    screen.say("finished before; rerun=true runs it again beside the old one")
+    if not (folder.path / "adapter" / "adapter.json").is_file():
+        screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
+    screen.finished(finished, folder.path)
+
+
+def _run(prepared: Prepared, screen: Screen, group: str) -> dict[str, Any]:
+    """The run itself, its folder being held; how it ends is in status.json."""
+    folder, settings = prepared.folder, prepared.settings
     device = pick_device(settings.device)
     began = time.perf_counter()
     torch.manual_seed(settings.seed)  # a new head draws from here
@@ -136,30 +189,31 @@ def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, 
         settings.rank_pattern,
         settings.alpha_pattern,
     )
-    with folder.locked() as held:
-        if not held:
-            raise BadInput(f"{folder.path}: another process is running this very run")
-        log = Log(folder.path / "run.log")
-        screen.log = log.write
-        own = settings.track.group or settings.study or group
-        folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
-        job = Run(prepared, loaded, planned, device, screen, group, began)
-        try:
-            result = job.result()
-        except KeyboardInterrupt as error:
-            folder.set_status("failed", error=record.interrupted(error))
-            log.write(record.interrupted(error))
-            job.tracker.finish(None, failed=True)
-            raise
-        except Exception as error:
-            folder.set_status("failed", error=f"{type(error).__name__}: {error}",
-                              traceback=traceback.format_exc())  # fmt: skip
-            log.write(traceback.format_exc())
-            job.tracker.finish(None, failed=True)
-            raise
-        finally:
-            screen.log = lambda text: None
-            log.close()
+    log = Log(folder.path / "run.log")
+    screen.log = log.write
+    own = settings.track.group or settings.study or group
+    folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
+    job = Run(prepared, loaded, planned, device, screen, group, began)
+    try:
+        result = job.result()
+    except KeyboardInterrupt as error:
+        folder.set_status("interrupted", error=record.interrupted(error))
+        log.write(record.interrupted(error))
+        job.tracker.finish(None, failed=True)
+        raise
+    except Exception as error:
+        folder.set_status(
+            "failed",
+            error=f"{type(error).__name__}: {error}",
+            sources=provenance.sources(),
+            traceback=traceback.format_exc(),
+        )
+        log.write(traceback.format_exc())
+        job.tracker.finish(None, failed=True)
+        raise
+    finally:
+        screen.log = lambda text: None
+        log.close()
     screen.finished(result, folder.path)
     return result
 
@@ -240,7 +294,7 @@ class Run:
         )
         config = self._config()
         OmegaConf.save(OmegaConf.create(config), self.path / "config.yaml")
-        self.environment = record.environment()
+        self.environment = provenance.environment()
         self.tracker = Tracker(
             settings.track,
             self.path,

@@ -5,29 +5,23 @@ predictions.jsonl, checkpoint/, adapter/, run.log, status.json and, last, result
 """
 
 import contextlib
-import fcntl
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from variants import _registry as registry
-
+from . import lock
+from .provenance import ROOT, digest_now, file_digest, tree
 from .tasks import BadInput
 
-ROOT = Path(__file__).parents[1]
 SCHEMA = 1
+FINISHED = ("done", "diverged", "stale")  # states of a run: Folder.state says what they are
+NOT_AGAIN = ("failed", "refused")  # a sweep runs them again when asked, or with other code
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,77 +68,100 @@ class Folder:
         return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
     @property
+    def status(self) -> dict[str, Any]:
+        """What status.json says; {} where there is none."""
+        found = read_json(self.path / "status.json")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def state(self) -> str:
-        """missing, running, failed, interrupted, done or diverged; `stale` after the last two if
-        the code changed since."""
+        """missing; running; interrupted: the next attempt goes on; failed; refused: it cannot be
+        built; done; diverged; or, of these two, stale: the code changed since."""
         result = self.result
         if result is not None:
             return "stale" if self.changed_sources() else result["status"]
-        status = read_json(self.path / "status.json")
-        if status is None:
-            return "missing"
-        if status["status"] != "failed" and not self.is_locked():
-            return "interrupted"
-        return status["status"]
+        if self.is_locked():
+            return "running"
+        status = self.status.get("status", "missing")
+        return status if status in ("missing", *NOT_AGAIN) else "interrupted"
 
     def changed_sources(self) -> list[str]:
-        """The files of the project that the run used and that differ now."""
+        """The files on which the run, or its failure, depends and that differ now."""
         env = read_json(self.path / "env.json") or {}
-        return [
-            name
-            for name, digest in env.get("sources", {}).items()
-            if file_digest(ROOT / name) != digest
-        ]
+        used = self.status.get("sources") or env.get("sources") or {}
+        return [name for name, digest in used.items() if digest_now(ROOT / name) != digest]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[bool]:
-        """Holds the run for this process; False where another has it. Dies with the process."""
+        """Holds the run for this process; False where another has it. Dies with the process.
+
+        A folder that is left without a file is taken away.
+        """
+        file = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"out_dir={self.path.parents[1]}: {error.strerror}") from None
-        with (self.path / "lock").open("a+") as file:
+        with lock.hold(file) as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            file.truncate(0)
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-            file.flush()
-            yield True
+                yield held
+            finally:
+                if held and os.listdir(self.path) == ["lock"]:
+                    file.unlink()
+                    with contextlib.suppress(OSError):  # another process begins in it
+                        self.path.rmdir()
 
     def is_locked(self) -> bool:
         """Whether a living process holds the run."""
-        try:
-            with (self.path / "lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
+        return lock.is_held(self.path / "lock")
+
+    @property
+    def holder(self) -> str:
+        """`host pid` of the process that holds the run, or held it when it died."""
+        return lock.holder(self.path / "lock")
 
     def set_status(self, status: str, **details: Any) -> None:
-        """running, failed (with `error` and `traceback`), done or diverged; `group` stays."""
+        """running, interrupted, failed or refused (with `error` and `sources`), done or diverged;
+        `group` stays."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         kept = {"group": self.group} if self.group is not None else {}
         new = {"status": status, "time": now, **kept, **details}
         write_json(self.path / "status.json", new)
 
+    def ended(self, status: str, error: str, sources: dict[str, str] | None = None) -> None:
+        """Marks an attempt as failed or refused, unless the run goes on in another process.
+
+        `sources`: the files on which that depends. None: the process ended without a word; they
+        are in env.json if it came so far, else it may be any of the project's.
+        """
+        with self.locked() as held:
+            if held and self.result is None:
+                if sources is None:
+                    env, before = self.path / "env.json", self.path / "status.json"
+                    began = before.stat().st_mtime_ns if before.exists() else 0
+                    if env.exists() and env.stat().st_mtime_ns >= began:
+                        sources = (read_json(env) or {}).get("sources")
+                self.set_status(status, error=error, sources=sources or tree())
+
     @property
     def group(self) -> str | None:
         """The W&B group of the run."""
-        return (read_json(self.path / "status.json") or {}).get("group")
+        return self.status.get("group")
 
     def set_aside(self) -> Path:
-        """Renames the folder, so that the run starts anew and nothing is lost."""
-        for i in range(1, 1000):
-            aside = self.path.with_name(f"{self.path.name}.old{i}")
-            if not aside.exists():
-                self.path.rename(aside)
-                return aside
-        raise FileExistsError(f"{self.path}: a thousand old runs beside it")
+        """Moves what the run left beside it, so that it starts anew and nothing is lost.
+
+        A kill on the way leaves a finished run, or one that starts anew: never one that would go
+        on from an old checkpoint.
+        """
+        asides = (self.path.with_name(f"{self.path.name}.old{i}") for i in range(1, 1000))
+        aside = next(path for path in asides if not path.exists())
+        aside.mkdir()
+        first = ["checkpoint", "result.json"]
+        for name in [*first, *sorted(set(os.listdir(self.path)) - {*first, "lock"})]:
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
+        return aside
 
 
 class Metrics:
@@ -257,55 +274,3 @@ def unpack(value: Any, tensors: Mapping[str, Any]) -> Any:
             return tensors[value["tensor"]]
         return {k: unpack(v, tensors) for k, v in value["items"]}
     return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
-
-
-def file_digest(path: Path) -> str | None:
-    """sha256 of a file, or None where there is none."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def sources() -> dict[str, str]:
-    """The hash of every file of the project that this process has imported so far."""
-    found = {}
-    for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and Path(file).is_relative_to(ROOT) and ".venv" not in file:
-            name = str(Path(file).relative_to(ROOT))
-            if name.startswith(("variants/", "experiments/")):
-                found[name] = file_digest(Path(file)) or ""
-        elif file and module.__name__.startswith(registry.GROUP):  # a variant of the user's own
-            found[file] = file_digest(Path(file)) or ""
-    return dict(sorted(found.items()))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and revision: what a reader needs to repeat the run."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "hydra-core", "omegaconf", "wandb")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git": revision(),
-        "sources": sources(),
-    }
-
-
-def revision() -> dict[str, Any]:
-    """{"commit", "dirty"} of the project's checkout; nulls outside one."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}

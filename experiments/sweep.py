@@ -1,204 +1,191 @@
-"""One job of the command line, and the table of a multirun. Imports torch only inside a job."""
+"""A multirun: finishes what is missing of its combinations, whatever happened before.
 
+What a run came to is in its folder; a sweep plans its combinations, launches those that are due,
+launches again those whose worker died, waits for those that another driver has, and sums up.
+"""
+
+import contextlib
 import hashlib
-import json
 import os
-import re
 import signal
+import socket
 import sys
-import traceback
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
 
-from variants import Incompatible
-from variants._registry import from_file, unknown
-
-from .config import register, settings_of
-from .record import Terminated, interrupted
+from . import attempt
+from .attempt import STOP, one_line
+from .config import states_of
+from .overview import count, show, table
+from .plan import Job, PlannedLoader, Planner, write_plan
+from .record import FINISHED, NOT_AGAIN, Terminated
 from .tasks import BadInput
 
-SWEEP = "LORA_SWEEP"  # the file, in the environment of a sweep's jobs, where each adds its line
-FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
-# what the user can mend: one line; anything else is ours, and keeps its traceback
-EXPECTED = (BadInput, Incompatible, OSError)
-_exit_code = 0
 
+class Sweep:
+    """A multirun. Others that choose combinations of their own call `finish` as often as needed."""
 
-def job(cfg: DictConfig) -> None:
-    """Runs one composed configuration. In a multirun a failure is noted and the next job starts."""
-    global _exit_code
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    def __init__(
+        self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config, self.home = config, Path(config.hydra.sweep.dir)
+        self.command = list(config.hydra.overrides.task)
+        digest = hashlib.sha256(" ".join(sorted(self.command)).encode()).hexdigest()[:10]
+        self.name = f"sweep-{digest}"  # of its plan, of its group in W&B, of its jobs in a queue
+        self.stop = self.home / f"{self.name}-{socket.gethostname()}-{os.getpid()}.stop"
+        with open_dict(config.hydra):
+            config.hydra.job.name = self.name
+            config.hydra.job.env_set[STOP] = str(self.stop.absolute())
+        self.planner = Planner(hydra_context.config_loader, config)
+        self.plan = self.home / f"{self.name}.json"
+        loader: Any = PlannedLoader(hydra_context.config_loader, self.plan.absolute())
+        context = HydraContext(loader, hydra_context.callbacks)
+        self.launcher = _launcher(context, task_function, config)
+        self.jobs: list[Job] = []
+        self.asked = 0  # the signal by which the user asked to stop
+
+    def finish(self, combinations: Sequence[Sequence[str]]) -> list[Job]:
+        """Runs what is missing of these; afterwards each job has its line, unless it had no need.
+
+        Raises KeyboardInterrupt, after the table, where the user asked to stop.
+        """
+        jobs = self.planner.plan(combinations)
+        states = [job.state for job in jobs]
+        if self.config.dry:
+            show(jobs, states)
+            return jobs
+        self.jobs += jobs
+        due = {job.path: job for job, state in zip(jobs, states, strict=True)
+               if job.path is not None and self._is_due(job, state)}  # fmt: skip
+        print(f"{count(states)}; {len(due) or 'nothing'} to run", flush=True)
+        with self._signals():
+            self._work(list(due.values()))
+        for job in jobs:  # given twice
+            job.line = job.line or (due[job.path].line if job.path in due else None)
+        ends = [job.line["status"] if job.line else job.state for job in jobs]
+        table(jobs, ends)
+        unfinished = any(end not in FINISHED for end in ends)
+        attempt.exit_code = max(attempt.exit_code, int(unfinished))
+        if self.asked:
+            raise Terminated if self.asked == signal.SIGTERM else KeyboardInterrupt
+        return jobs
+
+    def _is_due(self, job: Job, state: str) -> bool:
+        """Whether it is to be run now; what others are running is, in case they die."""
+        if state in ("missing", "interrupted", "running"):
+            return True
+        again = states_of(self.config.sweep.retry)
+        if state in FINISHED:
+            if state in again or job.config["rerun"]:
+                job.config = {**job.config, "rerun": True}
+                job.words = [*job.words, "rerun=true"]
+                return True
+            return self._is_of_another_group(job)
+        return state in again or bool(job.folder.changed_sources())
+
+    def _is_of_another_group(self, job: Job) -> bool:
+        """A finished run, in W&B, of another sweep: it joins this one there."""
+        track = job.config["track"]
+        wanted = track["group"] or job.config["study"] or self.name
+        return track["mode"] != "disabled" and job.folder.group != wanted
+
+    def _work(self, todo: list[Job]) -> None:
+        """Rounds, until nothing is left that could still be done here."""
+        fruitless = 0
+        while todo and not self.asked:
+            free = [job for job in todo if not job.folder.is_locked()]
+            if not free:
+                self._wait(todo)
+                continue
+            error = self._launch(free)
+            left = [job for job in todo if not self._has_ended(job)]
+            lost = [job for job in left if job.line is None or job.line["status"] == "interrupted"]
+            fruitless = fruitless + 1 if lost and len(left) == len(todo) else 0
+            if error is not None and left and not self.asked:
+                print(f"workers died ({error}): {len(left)} runs are left", file=sys.stderr)
+            if fruitless == 3:
+                for job in lost:
+                    why = f"its worker died ({error})" if error else "it was interrupted thrice"
+                    job.line = {"status": "failed", "error": why, "run": job.path}
+                    job.folder.ended("failed", why)
+                left = [job for job in left if not self._has_ended(job)]
+                fruitless = 0
+            todo = sorted(left, key=lambda job: job.folder.state == "interrupted")  # suspects last
+
+    def _launch(self, jobs: list[Job]) -> str | None:
+        """Puts these before the launcher; their lines, and how it failed if it did."""
+        write_plan(self.plan, self.name, self.command, self.jobs)
+        for job in jobs:
+            job.line = None
         try:
-            _job(cfg, "single")
-        except EXPECTED as error:  # here, since Hydra would add a line of its own
-            if FULL:
-                raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            _exit_code = 1
-        return
-    file = Path(os.environ[SWEEP])
-    words = list(HydraConfig.get().overrides.task)
+            returned = self.launcher.launch([job.words for job in jobs], initial_job_idx=0)
+        except Exception as error:  # a worker's death takes its launcher along
+            return f"{type(error).__name__}: {one_line(error)[:200]}"
+        for job, one in zip(jobs, returned, strict=True):
+            try:
+                job.line = one.return_value
+            except Exception as error:  # of Hydra or a launcher, before or after the run
+                why = f"{type(error).__name__}: {one_line(error)}"
+                job.line = {"status": "failed", "error": why}
+            if job.line is not None and "run" in job.line:
+                job.path = job.line["run"]
+        return None
+
+    def _has_ended(self, job: Job) -> bool:
+        """By its own word, or, where that was lost with its worker, by its folder."""
+        if job.line is None and job.folder.state in (*FINISHED, *NOT_AGAIN):
+            job.line = {"status": job.folder.state, "run": job.path,
+                        "error": job.folder.status.get("error", "")}  # fmt: skip
+        return job.line is not None and job.line["status"] in (*FINISHED, *NOT_AGAIN)
+
+    def _wait(self, jobs: list[Job]) -> None:
+        """For what other processes have; they may die, and then it falls to this one."""
+        holders = sorted({job.folder.holder for job in jobs})
+        print(f"waiting for {len(jobs)} runs that other processes have (host and pid: "
+              f"{', '.join(holders)})", flush=True)  # fmt: skip
+        while not self.asked and all(job.folder.is_locked() for job in jobs):
+            time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first signal asks all jobs, wherever they are, to stop; a second one ends it here."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.stop.unlink(missing_ok=True)
+
+        def note(signum: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = signum
+            self.stop.write_text(str(signum))
+
+        ours = self.config.sweep.isolate and threading.current_thread() is threading.main_thread()
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM) if ours}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            self.stop.unlink(missing_ok=True)
+
+
+def _launcher(context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Any:
+    """Hydra's launcher of that name; one that is not installed is named."""
     try:
-        line = _job(cfg, file.stem)
-    except EXPECTED as error:
-        line = {"status": "refused", "error": one_line(error)}
-    except Exception as error:
-        line = {"status": "failed", "error": f"{type(error).__name__}: {one_line(error)}"}
-        traceback.print_exc()
-    if "error" in line:
-        print(f"{line['status']}: {' '.join(words)}: {line['error']}", file=sys.stderr)
-    with file.open("a") as handle:
-        handle.write(json.dumps({"job": words, **line}) + "\n")
-
-
-def _job(cfg: DictConfig, group: str) -> dict[str, Any]:
-    settings = settings_of(cfg)
-    from .job import prepare, run
-    from .screen import Screen
-
-    screen, prepared = Screen(), prepare(settings)
-    if settings.dry:
-        state = prepared.folder.state
-        screen.say(f"{state:<12} {prepared.folder.path}")
-        return {"status": state, "run": str(prepared.folder.path)}
-    try:
-        result = run(prepared, screen, group)
-    finally:
-        screen.close()
-    return {"status": result["status"], "run": str(prepared.folder.path)}
-
-
-class Table(Callback):
-    """Prints what every job of a multirun came to, and makes the exit code of it."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        words = sorted(config.hydra.overrides.task)
-        name = hashlib.sha256(" ".join(words).encode()).hexdigest()[:10]
-        file = Path(config.hydra.sweep.dir) / f"sweep-{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("")
-        os.environ[SWEEP] = str(file)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        global _exit_code
-        lines = [json.loads(line) for line in Path(os.environ[SWEEP]).read_text().splitlines()]
-        if not config.dry:
-            _print(lines)
-        _exit_code = int(any(line["status"] not in ("done", "diverged") for line in lines))
-        if config.dry:
-            _exit_code = 0
-
-
-def _print(lines: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    from .record import read_json
-
-    table = RichTable(title=f"{len(lines)} runs")
-    for name in ("variant", "rank", "seed", "lr", "status", "metric", "base", "tuned", "trained",
-                 "seconds", "folder"):  # fmt: skip
-        table.add_column(name, overflow="fold")
-    for line in lines:
-        result = read_json(Path(line.get("run", "")) / "result.json")
-        if result is None:
-            words = " ".join(line["job"])
-            table.add_row("", "", "", "", line["status"], line.get("error", ""), "", "", "", "",
-                          words)  # fmt: skip
-            continue
-        config, metrics = result["config"], result["metrics"]
-        primary = metrics["primary"]
-        numbers = [metrics[when][primary] for when in ("base", "tuned")]
-        table.add_row(
-            config["variant"],
-            str(config["rank"] or "-"),
-            str(config["seed"]),
-            f"{config['lr']:.2g}",
-            line["status"],
-            primary,
-            *("-" if n is None else f"{n:.4f}" for n in numbers),
-            f"{result['params']['trainable']:,}",
-            f"{result['time']['train_s']:.1f}",
-            Path(line["run"]).name,
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=task_function, config=config
         )
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(table)
-
-
-def one_line(error: BaseException) -> str:
-    """The message without line breaks."""
-    return " ".join(str(error).split())
-
-
-def guarded(main: Callable[[], Any]) -> int:
-    """Runs Hydra's main. What a user got wrong is one line and exit code 1; the rest a traceback.
-
-    With HYDRA_FULL_ERROR=1 every error keeps its traceback.
-    """
-    global _exit_code
-    _exit_code = 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
-        register()
-        main()
-        sys.stdout.flush()
-    except (HydraException, OmegaConfBaseException) as error:
-        if FULL:
+    except (ImportError, RuntimeError) as error:
+        if "Unknown plugin class" not in str(error) and not isinstance(error, ImportError):
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
-    except Incompatible as error:  # a file of variants/ that cannot be read
-        if FULL:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(interrupted(error), file=sys.stderr)
-        return 143 if isinstance(error, Terminated) else 130
-    except BrokenPipeError:  # the reader of our output has left
-        sys.stdout = None
-        return 1
-    return _exit_code
-
-
-def _named(word: str) -> str:
-    """The word as Hydra wants it: `variant=mine.py` by the name of the variant in that file,
-    `rank_pattern={q: 2}` with the `+` of keys that are new."""
-    key, _, value = word.partition("=")
-    if key.partition(".")[0] in ("rank_pattern", "alpha_pattern"):
-        return f"+{word}"
-    if re.fullmatch(r"variant(/\w+)?", key) and ".py" in value:
-        return f"{key}={','.join(from_file(name) for name in value.split(','))}"
-    return word
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-def explain(error: BaseException) -> str:
-    """Hydra's message in one line: the key, what is wrong, the choices."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        return str(unknown(group, name, list(error.options or [])))
-    cause: Any = error.__cause__
-    given = re.search(r"(?:override|merging override) '?([\w./@+~-]+)'?(=\S*)?", one_line(error))
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and given:
-        known = (
-            [f.name for f in fields(cause.object_type)] if is_dataclass(cause.object_type) else []
-        )
-        return str(unknown("key", given[1], known)).partition("=")[2]
-    if isinstance(cause, OmegaConfBaseException) and given:
-        return f"{given[1]}{given[2] or ''}: {one_line(cause).partition(' full_key:')[0]}"
-    return one_line(error)
+        name = config.hydra.runtime.choices["hydra/launcher"]
+        extra = name.partition("_")[0].replace("submitit", "slurm")
+        raise BadInput(
+            f"hydra/launcher={name}: not installed; pip install -c constraints.txt -e '.[{extra}]'"
+        ) from None

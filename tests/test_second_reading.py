@@ -13,7 +13,7 @@ from test_run import QUICK, lab, only
 from torch import nn
 
 import variants
-from experiments import config, sweep
+from experiments import command, config
 from variants._adapter import plan
 from variants._calibrate import _measure
 from variants._contract import Toy
@@ -32,8 +32,8 @@ def settings(*words: str) -> config.Settings:
     "word", ["rank_pattern={q: 2, l.0.up: 6}", "+rank_pattern={q: 2, l.0.up: 6}"]
 )
 def test_a_pattern_can_be_typed(word: str) -> None:
-    assert settings(sweep._named(word)).rank_pattern == {"q": 2, "l.0.up": 6}
-    assert settings(sweep._named("alpha_pattern.q=3")).alpha_pattern == {"q": 3.0}
+    assert settings(command._named(word)).rank_pattern == {"q": 2, "l.0.up": 6}
+    assert settings(command._named("alpha_pattern.q=3")).alpha_pattern == {"q": 3.0}
 
 
 def mixture() -> Any:

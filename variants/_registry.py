@@ -162,13 +162,18 @@ def imported(module: str) -> Any:
 def _files() -> list[tuple[Path, str]]:
     """(file, module) of every variant file: this package's, then those from outside."""
     found = [(path, f"{PACKAGE.name}.{path.stem}") for path in sorted(PACKAGE.glob("[!_]*.py"))]
-    outside = [Path(name) for name in os.environ.get(OUTSIDE, "").split(os.pathsep) if name]
+    return found + [(path, str(path)) for path in outside()]
+
+
+def outside() -> list[Path]:
+    """The variant files that lie outside this package."""
+    found = [Path(name) for name in os.environ.get(OUTSIDE, "").split(os.pathsep) if name]
     for point in sorted(entry_points(group=GROUP)):
         spec = importlib.util.find_spec(point.value)
         if spec is None or spec.origin is None:
             raise Incompatible(f"entry point {point.name} = {point.value}: no such module")
-        outside.append(Path(spec.origin))
-    return found + [(path, str(path)) for path in dict.fromkeys(outside)]
+        found.append(Path(spec.origin))
+    return list(dict.fromkeys(found))
 
 
 def from_file(name: str) -> str:

@@ -1,0 +1,143 @@
+"""A job, as Hydra and its launchers call it: the single run, or one of a sweep's."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from variants import Incompatible
+
+from . import isolate
+from .config import Settings, restored, settings_of
+from .provenance import sources
+from .record import Terminated
+from .tasks import BadInput
+
+STOP = "LORA_STOP"  # the file, in a job's environment, whose being there asks it to stop
+# what the user can mend: one line; anything else is ours, and keeps its traceback
+EXPECTED = (BadInput, Incompatible, OSError)
+FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
+exit_code = 0  # of the command
+
+
+def job(cfg: DictConfig) -> dict[str, Any] | None:
+    """One composed configuration, as Hydra and its launchers call it; of a sweep's, its line."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return _single(cfg)
+    about = {"config": OmegaConf.to_container(cfg, resolve=True), "group": hydra.job.name,
+             "cwd": hydra.runtime.cwd}  # fmt: skip
+    if _asked():
+        return {"status": "interrupted", "error": "stopped"}
+    if cfg.sweep.isolate:
+        settings = settings_of(cfg).sweep
+        with _deaf():
+            line = isolate.run(about, limit=settings.time_limit, grace=settings.grace, stop=_asked)
+    else:
+        line = attempt(about)
+        if line["status"] == "interrupted":
+            raise KeyboardInterrupt(line["error"])
+    if line["status"] in ("failed", "refused"):
+        print(f"{line['status']}: {hydra.job.override_dirname}: {line['error']}", file=sys.stderr)
+    return line
+
+
+def _single(cfg: DictConfig) -> None:
+    """The run of a command without -m."""
+    global exit_code
+    try:
+        _run(settings_of(cfg))
+    except EXPECTED as error:  # here, since Hydra would add a line of its own
+        if FULL:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        exit_code = 1
+
+
+def _run(settings: Settings) -> None:
+    from .job import prepare, run
+    from .screen import Screen
+
+    screen, prepared = Screen(), prepare(settings)
+    if settings.dry:
+        screen.say(f"{prepared.folder.state:<12} {prepared.folder.path}")
+        return
+    if settings.sweep.time_limit or settings.sweep.retry:
+        screen.say("sweep.time_limit and sweep.retry are for multiruns (-m): not used")
+    try:
+        run(prepared, screen)
+    finally:
+        screen.close()
+
+
+def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None) -> dict[str, Any]:
+    """Runs one job of a sweep in this process; its line. `tell` hears of its folder at once."""
+    from .job import Held, prepare, run
+    from .screen import Screen
+
+    screen, folder, found = Screen(), None, {}
+    try:
+        prepared = prepare(settings_of(restored(about["config"])))
+        folder = prepared.folder
+        found["run"] = str(folder.path)
+        tell(folder.path)
+        return {"status": run(prepared, screen, about["group"])["status"], **found}
+    except Held as error:
+        return {"status": "running", "error": one_line(error), **found}
+    except KeyboardInterrupt as error:
+        return {"status": "interrupted", "error": one_line(error) or "interrupted", **found}
+    except Exception as error:
+        known = isinstance(error, BadInput | Incompatible)
+        line = {"status": "refused" if known else "failed", **found}
+        line["error"] = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        if not isinstance(error, EXPECTED):
+            traceback.print_exc()
+        if folder is not None and (known or folder.status.get("status") != "failed"):
+            with contextlib.suppress(OSError):  # a full disk, which may be what it failed of
+                folder.ended(line["status"], line["error"], sources())
+        return line
+    finally:
+        screen.close()
+
+
+def _asked() -> int:
+    """The signal by which the user asked this job's sweep to stop, or 0."""
+    file = Path(os.environ.get(STOP, os.devnull))
+    try:
+        return int(file.read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """A worker leaves a terminal's interrupt to the driver, which asks all jobs to stop."""
+    driver = os.environ.get(STOP, "").endswith(f"-{socket.gethostname()}-{os.getpid()}.stop")
+    if driver or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def terminate(*_: Any) -> None:
+    """What SIGTERM does to a run: it leaves, with a checkpoint where it can."""
+    raise Terminated
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks."""
+    return " ".join(str(error).split())

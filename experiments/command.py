@@ -1,0 +1,79 @@
+"""The command line around Hydra: what a user got wrong is one line, and the exit code says it."""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from variants._registry import from_file, unknown
+
+from . import attempt
+from .attempt import EXPECTED, FULL, one_line, terminate
+from .config import register
+from .record import Terminated, interrupted
+
+
+def guarded(main: Callable[[], Any]) -> int:
+    """Runs Hydra's main. What a user got wrong is one line and exit code 1; the rest a traceback.
+
+    With HYDRA_FULL_ERROR=1 every error keeps its traceback.
+    """
+    attempt.exit_code = 0
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
+        register()
+        main()
+        sys.stdout.flush()
+    except (HydraException, OmegaConfBaseException) as error:
+        if FULL:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    except EXPECTED as error:  # a run's, or a file of variants/ that cannot be read
+        if FULL:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(interrupted(error), file=sys.stderr)
+        return 143 if isinstance(error, Terminated) else 130
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stdout = None
+        return 1
+    return attempt.exit_code
+
+
+def _named(word: str) -> str:
+    """The word as Hydra wants it: `variant=mine.py` by the name of the variant in that file,
+    `rank_pattern={q: 2}` with the `+` of keys that are new."""
+    key, _, value = word.partition("=")
+    if key.partition(".")[0] in ("rank_pattern", "alpha_pattern"):
+        return f"+{word}"
+    if re.fullmatch(r"variant(/\w+)?", key) and ".py" in value:
+        return f"{key}={','.join(from_file(name) for name in value.split(','))}"
+    return word
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's message in one line: the key, what is wrong, the choices."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return str(unknown(group, name, list(error.options or [])))
+    cause: Any = error.__cause__
+    given = re.search(r"(?:override|merging override) '?([\w./@+~-]+)'?(=\S*)?", one_line(error))
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and given:
+        known = (
+            [f.name for f in fields(cause.object_type)] if is_dataclass(cause.object_type) else []
+        )
+        return str(unknown("key", given[1], known)).partition("=")[2]
+    if isinstance(cause, OmegaConfBaseException) and given:
+        return f"{given[1]}{given[2] or ''}: {one_line(cause).partition(' full_key:')[0]}"
+    return one_line(error)

@@ -1,0 +1,31 @@
+"""Hydra's door to experiments/sweep.py: a plugin is found in this package and nowhere else."""
+
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class LabSweeper(Sweeper):
+    """Every combination of the values given, in Hydra's grammar; only what is missing is run."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from experiments.sweep import Sweep
+
+        self.hydra_context, self.config = hydra_context, config
+        self.work = Sweep(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        words = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        (combinations,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
+        return self.work.finish(combinations)
