@@ -36,7 +36,8 @@ def job(cfg: DictConfig) -> dict[str, Any] | None:
     if hydra.mode != RunMode.MULTIRUN:
         return _single(cfg)
     about = {"config": OmegaConf.to_container(cfg, resolve=True), "group": hydra.job.name,
-             "cwd": hydra.runtime.cwd}  # fmt: skip
+             "cwd": hydra.runtime.cwd,
+             "alone": hydra.runtime.choices["hydra/launcher"] == "basic"}  # fmt: skip
     if _asked():
         return {"status": "interrupted", "error": "stopped"}
     if cfg.sweep.isolate:
@@ -85,7 +86,7 @@ def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None)
     from .job import Held, prepare, run
     from .screen import Screen
 
-    screen, folder, found = Screen(), None, {}
+    screen, folder, found = Screen(brief=True, bar=about["alone"]), None, {}
     try:
         prepared = prepare(settings_of(restored(about["config"])))
         folder = prepared.folder
@@ -100,8 +101,8 @@ def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None)
         known = isinstance(error, BadInput | Incompatible)
         line = {"status": "refused" if known else "failed", **found}
         line["error"] = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-        if not isinstance(error, EXPECTED):
-            traceback.print_exc()
+        if folder is None and not isinstance(error, EXPECTED):
+            traceback.print_exc()  # else it is in run.log
         if folder is not None and (known or folder.status.get("status") != "failed"):
             with contextlib.suppress(OSError):  # a full disk, which may be what it failed of
                 folder.ended(line["status"], line["error"], sources())

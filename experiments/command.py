@@ -37,6 +37,9 @@ def guarded(main: Callable[[], Any]) -> int:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stdout = None
+        return 1
     except EXPECTED as error:  # a run's, or a file of variants/ that cannot be read
         if FULL:
             raise
@@ -45,9 +48,6 @@ def guarded(main: Callable[[], Any]) -> int:
     except KeyboardInterrupt as error:
         print(interrupted(error), file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
-    except BrokenPipeError:  # the reader of our output has left
-        sys.stdout = None
-        return 1
     return attempt.exit_code
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from variants import _registry as registry
@@ -172,7 +173,10 @@ def register() -> None:
     store.__deepcopy__ = lambda memo: store
     store.store(name="schema", node=Settings)
     OmegaConf.register_new_resolver("more_keys", more_keys, replace=True)
-    # before Hydra looks for plugins, so that conf/ composes from anywhere
+    Plugins.instance()  # finds launchers, whose defaults those of conf/hydra/launcher replace
+    for file in (Path(__file__).parents[1] / "conf" / "hydra" / "launcher").glob("*.yaml"):
+        store.repo["hydra"]["launcher"].pop(file.name, None)
+    # here too, so that conf/ composes from where hydra_plugins/ is not on the path
     sweeper = {"_target_": "hydra_plugins.lab_sweeper.LabSweeper", "params": None}
     store.store(group="hydra/sweeper", name="lab", node=sweeper)
     for name, cls in MODELS.items():
@@ -287,7 +291,7 @@ def seconds(key: str, value: Any) -> float | None:
 
 def states_of(value: Any) -> list[str]:
     """`sweep.retry` as a list."""
-    found = [value] if isinstance(value, str) else list(value or ())
+    found: list[str] = [value] if isinstance(value, str) else list(value or ())
     for state in found:
         if state not in AGAIN:
             raise BadInput(f"sweep.retry={state}: choices: {', '.join(AGAIN)}")

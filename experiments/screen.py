@@ -17,9 +17,13 @@ from rich.table import Table
 
 
 class Screen:
-    """The terminal of one run. Off a terminal, lines in place of a bar."""
+    """The terminal of one run. Off a terminal, lines in place of a bar.
 
-    def __init__(self) -> None:
+    `brief`, for a sweep: a line at the end, the rest in run.log; `bar`: where no other run has one.
+    """
+
+    def __init__(self, brief: bool = False, bar: bool = True) -> None:
+        self.brief, self.bar = brief, bar
         self.console = Console(stderr=False, highlight=False)
         self.log: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
@@ -30,14 +34,15 @@ class Screen:
     def say(self, text: str) -> None:
         """A line on the terminal and in run.log."""
         self.log(text)
-        self.console.print(text, markup=False, soft_wrap=True)
+        if not self.brief:
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """The next piece of work begins."""
         self.close()
         self.log(name)
         self._total, self._said, self._note = total, 0, ""
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal and self.bar):
             return
         self.progress = Progress(
             SpinnerColumn(),
@@ -97,6 +102,13 @@ class Screen:
         """The table of a finished run."""
         self.close()
         config, metrics = result["config"], result["metrics"]
+        if self.brief:
+            key = metrics["primary"]
+            scores = f"{_number(metrics['base'][key])} -> {_number(metrics['tuned'][key])}"
+            text = f"{result['status']:<9} {path.name}: {key} {scores}, "
+            text += f"{sum(result['time'][k] for k in ('init_s', 'train_s', 'eval_s')):.1f} s"
+            self.console.print(text, markup=False, soft_wrap=True)
+            return
         rank = "" if config["rank"] is None else f", rank {config['rank']}"
         table = Table(title=f"{config['variant']}{rank}: {config['task']} on {config['model']} "
                             f"({config['split']}, {result['status']})")  # fmt: skip

@@ -5,6 +5,7 @@ launches again those whose worker died, waits for those that another driver has,
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import signal
@@ -35,6 +36,8 @@ class Sweep:
     def __init__(
         self, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        gc.freeze()
+        gc.enable()  # off since run.py; compositions are full of cycles
         self.config, self.home = config, Path(config.hydra.sweep.dir)
         self.command = list(config.hydra.overrides.task)
         digest = hashlib.sha256(" ".join(sorted(self.command)).encode()).hexdigest()[:10]

@@ -17,15 +17,15 @@ class LabSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from experiments.sweep import Sweep
+        from experiments.sweep import Sweep  # here, since Hydra reads this file at every start
 
-        self.hydra_context, self.config = hydra_context, config
+        self.loader = hydra_context.config_loader
         self.work = Sweep(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> Any:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parser = OverridesParser.create(config_loader=self.loader)
         (combinations,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
         return self.work.finish(combinations)
