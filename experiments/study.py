@@ -15,8 +15,9 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "conf" / "study"
 PER_DECADE = 4  # the finest grid; all rates lie on 10^(k / 4), so that variants share them
 FRESH = 1000  # the first seed of a confirmation: no run of the tuning has it
+
+
+Cell = tuple[int, int]  # a step of the grid, a seed
 
 
 @dataclass
@@ -87,6 +91,20 @@ class Arm:
     def unmatched(self) -> bool:
         """More than 2 % from the budget."""
         return self.target is not None and abs(self.trained / self.target - 1) > 0.02
+
+    @property
+    def trials(self) -> int:
+        return sum(len(seeds) for seeds in self.tried.values())
+
+    def has(self, cell: Cell) -> bool:
+        """Whether it was tried."""
+        return cell[1] in self.tried.get(cell[0], {})
+
+    def around(self, seeds: int) -> Iterator[Cell]:
+        """What was not tried, from the best rate outwards, without end."""
+        for distance in count():
+            for k in dict.fromkeys((self.best - distance, self.best + distance)):
+                yield from (cell for cell in cells([k], seeds) if not self.has(cell))
 
     @property
     def best(self) -> int:
@@ -145,6 +163,11 @@ def grid(centre: int, decades: float, per_decade: int) -> list[int]:
     """
     step, half = PER_DECADE // per_decade, round(decades * per_decade / 2)
     return [centre + step * i for i in range(-half, half + 1)]
+
+
+def cells(rates: Iterable[int], seeds: int) -> list[Cell]:
+    """Every rate with each of so many seeds."""
+    return [(k, seed) for k in rates for seed in range(seeds)]
 
 
 class Study:
@@ -245,56 +268,58 @@ class Study:
 
     def _tune(self, arms: list[Arm]) -> bool:
         """Stage 1, extensions, stage 2; False where runs are missing that the next step needs."""
-        tuning = self.spec.tuning
-        asked = {id(arm): grid(arm.centre, tuning.decades, tuning.per_decade) for arm in arms}
-        if not self._try(arms, asked, tuning.seeds, "stage 1"):
+        tuning, step = self.spec.tuning, PER_DECADE // self.spec.tuning.per_decade
+        first = [cells(grid(a.centre, tuning.decades, tuning.per_decade), tuning.seeds)
+                 for a in arms]  # fmt: skip
+        if not self._try(arms, first, "stage 1"):
             return False
         for turn in range(tuning.extensions):
-            open_ = [arm for arm in arms if arm.edge]
-            if not open_:
+            edges = [arm.edge for arm in arms]
+            if not any(edges):
                 break
-            asked = {id(arm): self._more(arm) for arm in arms}
-            if not self._try(arms, asked, tuning.seeds, f"extension {turn + 1}"):
+            beyond = [[a.best + e * step * i for i in (1, 2)] if e else []
+                      for a, e in zip(arms, edges, strict=True)]  # fmt: skip
+            if not self._try(
+                arms, [cells(k, tuning.seeds) for k in beyond], f"extension {turn + 1}"
+            ):
                 return False
-            for arm in open_:
-                arm.extensions += 1
+            for arm, edge in zip(arms, edges, strict=True):
+                arm.extensions += bool(edge)
         if tuning.refine:
-            asked = {id(arm): [arm.best - 1, arm.best, arm.best + 1] for arm in arms}
-            if not self._try(arms, asked, tuning.refine_seeds, "stage 2"):
+            near = [cells([a.best - 1, a.best, a.best + 1], tuning.refine_seeds) for a in arms]
+            if not self._try(arms, near, "stage 2"):
                 return False
         self._write(arms)
         return True
 
-    def _more(self, arm: Arm) -> list[int]:
-        """Two rates beyond the edge; for an arm without one, two around its best that are new."""
-        step = PER_DECADE // self.spec.tuning.per_decade
-        if arm.edge:
-            return [arm.best + arm.edge * step * i for i in (1, 2)]
-        near = sorted(range(min(arm.tried), max(arm.tried) + 1), key=lambda k: abs(k - arm.best))
-        new = [k for k in near if k not in arm.tried]
-        low, high = min(arm.tried), max(arm.tried)
-        return [*new, low - step, high + step][:2]
+    def _even(self, arms: list[Arm], asked: list[list[Cell]]) -> list[list[Cell]]:
+        """As many new trials for every arm: who needs fewer tries more rates around its best."""
+        found = [[cell for cell in own if not arm.has(cell)]
+                 for arm, own in zip(arms, asked, strict=True)]  # fmt: skip
+        totals = [arm.trials + len(own) for arm, own in zip(arms, found, strict=True)]
+        for arm, own, total in zip(arms, found, totals, strict=True):
+            more = (cell for cell in arm.around(self.spec.tuning.seeds) if cell not in own)
+            own += islice(more, max(totals) - total)
+        return found
 
-    def _try(self, arms: list[Arm], asked: dict[int, list[int]], seeds: int, stage: str) -> bool:
-        """Runs these rates of every arm, and reads the losses."""
-        wanted = [(arm, k, seed) for arm in arms for k in asked[id(arm)] for seed in range(seeds)]
-        jobs = self._finish(
-            [self._run_words(arm, k, seed, stage) for arm, k, seed in wanted], stage
-        )
+    def _try(self, arms: list[Arm], asked: list[list[Cell]], stage: str) -> bool:
+        """Runs these cells of every arm, and what makes them even; reads the losses."""
+        wanted = [(arm, cell) for arm, own in zip(arms, self._even(arms, asked), strict=True)
+                  for cell in own]  # fmt: skip
+        jobs = self._finish([self._run_words(arm, *cell, stage) for arm, cell in wanted], stage)
         if self.dry:
             print("dry: what comes after stage 1 depends on its results")
             return False
         lost = 0
-        for (arm, k, seed), job in zip(wanted, jobs, strict=True):
+        for (arm, (k, seed)), job in zip(wanted, jobs, strict=True):
             result = job.folder.result if job.path is not None else None
             if result is None:
                 lost += 1
                 continue
             loss = result["metrics"]["tuned"]["loss"]
             done = result["status"] == "done" and loss is not None
-            if seed not in arm.tried.setdefault(k, {}):
-                arm.tokens += result["tokens"]["seen"]
-            arm.tried[k][seed] = loss if done else math.inf
+            arm.tried.setdefault(k, {})[seed] = loss if done else math.inf
+            arm.tokens += result["tokens"]["seen"]
         return self._whole(lost, len(jobs), stage)
 
     def _run_words(self, arm: Arm, k: int, seed: int, stage: str, *more: str) -> list[str]:
@@ -306,9 +331,9 @@ class Study:
         print(f"\n{stage}", flush=True)
         return self.work.finish(list(combinations))
 
-    def _whole(self, lost: int, count: int, stage: str) -> bool:
+    def _whole(self, lost: int, total: int, stage: str) -> bool:
         if lost:
-            print(f"{stage}: {lost} of {count} runs are not finished, and nothing is chosen without "
+            print(f"{stage}: {lost} of {total} runs are not finished; nothing is chosen without "
                   f"them: the same command goes on", file=sys.stderr)  # fmt: skip
         return not lost
 
@@ -329,7 +354,7 @@ class Study:
             rows.append({
                 "arm": arm.name, "words": list(arm.words), "trained": arm.trained,
                 "budget": arm.target, "unmatched": arm.unmatched,
-                "trials": sum(len(seeds) for seeds in arm.tried.values()), "tokens": arm.tokens,
+                "trials": arm.trials, "tokens": arm.tokens,
                 "rates": {f"{rate(k):g}": list(arm.tried[k].values()) for k in sorted(arm.tried)},
                 "chosen": rate(arm.best), "extensions": arm.extensions,
                 "bracket": {-1: "low edge", 0: "inside", 1: "high edge"}[arm.edge],

@@ -96,7 +96,7 @@ def test_what_was_frozen_stays(tmp_path: Path) -> None:
     found._freeze()
     found._freeze()
     other, _, _ = make(tmp_path, decades=4.0)
-    with pytest.raises(BadInput, match="frozen as .* with another tuning"):
+    with pytest.raises(BadInput, match=r"frozen as .* with another tuning"):
         other._freeze()
 
 
@@ -136,7 +136,9 @@ def test_a_statement_that_is_wrong_is_named(
     (tmp_path / "odd.yaml").write_text("question: x?\ntier: smoke\nvariant: [a]\n")
     with pytest.raises(BadInput, match=r"study=odd: .*variant"):
         study.find("odd")
-    (tmp_path / "both.yaml").write_text("ranks: [1]\nbudget: 2\n")
+    (tmp_path / "both.yaml").write_text(
+        "question: x?\ntier: smoke\nvariants: [a]\nanchors: []\nconfirm: 1\nranks: [1]\nbudget: 2\n"
+    )
     with pytest.raises(BadInput, match="ranks or budget"):
         study.find("both")
     assert study.find("none") is None
