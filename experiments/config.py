@@ -75,6 +75,7 @@ class Track:
     project: str = "lora-variants"
     entity: str | None = None
     group: str | None = None  # null: the sweep
+    stage: str | None = None  # a tag: the part of a study that asked for the run first
 
 
 @dataclass

@@ -51,7 +51,7 @@ def _preempted(watch: "Watch") -> Iterator[None]:
     """Before a scheduler's own handler (submitit's, which queues the job again) the run saves what
     it has; the handler may end this process."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGUSR2)}
-    theirs = {s: handler for s, handler in handlers.items() if callable(handler)}
+    theirs: dict[int, Any] = {s: handler for s, handler in handlers.items() if callable(handler)}
 
     def note(signum: int, frame: Any) -> None:
         watch.leave()

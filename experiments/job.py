@@ -238,12 +238,19 @@ def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, grou
             folder.path,
             name=prepared.name,
             group=group,
-            tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
+            tags=_tags(prepared),
             config=config,  # type: ignore[arg-type]
             say=screen.say,
         )
         tracker.finish(summary(result))
         folder.set_status(result["status"], group=group)
+
+
+def _tags(prepared: Prepared) -> list[str]:
+    """Of a run in W&B."""
+    settings = prepared.settings
+    named = [prepared.choice.preset, prepared.source.name, settings.task.name]
+    return [*named, *filter(None, [settings.track.stage])]
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +314,7 @@ class Run:
             self.path,
             name=prepared.name,
             group=settings.track.group or settings.study or group,
-            tags=[prepared.choice.preset, prepared.source.name, settings.task.name],
+            tags=_tags(prepared),
             config=config,
             say=screen.say,
         )

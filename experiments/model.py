@@ -77,6 +77,23 @@ class Source:
         settings |= settings.get("text_config") or {}
         return next((settings[k] for k in WIDTH_KEYS if isinstance(settings.get(k), int)), None)
 
+    def meta(self, num_labels: int = 0) -> Any:
+        """The model without weights, for counting."""
+        import transformers
+
+        if isinstance(self.node, Config):
+            settings: Any = _sizes(self.node, _tokenizer(self.node.tokenizer), num_labels)
+        else:
+            trust = isinstance(self.node, HF) and self.node.trust_remote_code
+            settings = transformers.AutoConfig.from_pretrained(
+                str(self.folder), trust_remote_code=trust, local_files_only=True
+            )
+        cls: Any = transformers.AutoModelForCausalLM
+        if num_labels:
+            cls = transformers.AutoModelForSequenceClassification
+        with torch.device("meta"):
+            return cls.from_config(settings)
+
     def load(self, num_labels: int = 0, regression: bool = False) -> "Loaded":
         """The model in eval mode with its tokenizer; with `num_labels`, a sequence classifier.
 
@@ -219,9 +236,22 @@ def _build(node: Config, num_labels: int) -> tuple[Any, Any]:
     import transformers
 
     tokenizer = _tokenizer(node.tokenizer)
+    settings = _sizes(node, tokenizer, num_labels)
+    cls: Any = transformers.AutoModelForCausalLM
+    if num_labels:
+        cls = transformers.AutoModelForSequenceClassification
+    with torch.random.fork_rng():
+        torch.manual_seed(node.seed)
+        return cls.from_config(settings, dtype=DTYPES[node.dtype]), tokenizer
+
+
+def _sizes(node: Config, tokenizer: Any, num_labels: int) -> Any:
+    """A Llama of the size asked for."""
+    import transformers
+
     _refuse_sizes(node, len(tokenizer))
     cls: Any = transformers.LlamaConfig
-    settings = cls(
+    return cls(
         hidden_size=node.hidden_size,
         num_hidden_layers=node.layers,
         num_attention_heads=node.heads,
@@ -234,12 +264,6 @@ def _build(node: Config, num_labels: int) -> tuple[Any, Any]:
         num_labels=num_labels or 2,
         dtype=DTYPES[node.dtype],
     )
-    cls = transformers.AutoModelForCausalLM
-    if num_labels:
-        cls = transformers.AutoModelForSequenceClassification
-    with torch.random.fork_rng():
-        torch.manual_seed(node.seed)
-        return cls.from_config(settings, dtype=DTYPES[node.dtype]), tokenizer
 
 
 def _refuse_sizes(node: Config, tokens: int) -> None:

@@ -26,6 +26,15 @@ class LabSweeper(Sweeper):
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        asked = [word.partition("=")[2] for word in words if word.startswith("study=")]
+        if asked:
+            from experiments import study
+
+            spec = study.find(asked[-1])
+            if spec is not None:
+                return study.Study(self.work, asked[-1], spec, words).run()
+            if not any("," in word or "(" in word for word in words):
+                raise study.missing(asked[-1])
         parser = OverridesParser.create(config_loader=self.loader)
         (combinations,) = BasicSweeper.split_arguments(parser.parse_overrides(words), None)
         return self.work.finish(combinations)
