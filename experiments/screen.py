@@ -27,8 +27,8 @@ MEMORY = {  # the rows of the table, by key of result.json's `memory`
 class Screen:
     """The terminal of one run. Off a terminal, lines in place of a bar."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=False, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=False, highlight=False, quiet=quiet)
         self.log: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
         self._task: Any = None

@@ -23,6 +23,7 @@ from variants import Incompatible
 from variants._registry import AXES, from_file, unknown
 
 from .config import register, settings_of
+from .parallel import Team, complain, refuse_sweep, team, who
 from .record import Terminated, interrupted
 from .tasks import BadInput
 
@@ -42,7 +43,7 @@ def job(cfg: DictConfig) -> None:
         except EXPECTED as error:  # here, since Hydra would add a line of its own
             if FULL:
                 raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"{who()}error: {one_line(error)}", file=sys.stderr)
             _exit_code = 1
         return
     file = Path(os.environ[SWEEP])
@@ -61,17 +62,23 @@ def job(cfg: DictConfig) -> None:
 
 
 def _job(cfg: DictConfig, group: str) -> dict[str, Any]:
-    settings = settings_of(cfg)
+    with team() as members:
+        return _run(cfg, group, members)
+
+
+def _run(cfg: DictConfig, group: str, members: Team) -> dict[str, Any]:
+    settings = members.together(lambda: settings_of(cfg))
     from .job import prepare, run
     from .screen import Screen
 
-    screen, prepared = Screen(), prepare(settings)
+    screen = Screen(quiet=members.rank > 0)
+    prepared = members.together(lambda: prepare(settings))
     if settings.dry:
         state = prepared.folder.state
         screen.say(f"{state:<12} {prepared.folder.path}")
         return {"status": state, "run": str(prepared.folder.path)}
     try:
-        result = run(prepared, screen, group)
+        result = run(prepared, screen, group, members)
     finally:
         screen.close()
     return {"status": result["status"], "run": str(prepared.folder.path)}
@@ -190,6 +197,7 @@ def guarded(main: Callable[[], Any]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        refuse_sweep(sys.argv)
         sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
         register()
         main()
@@ -197,15 +205,13 @@ def guarded(main: Callable[[], Any]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         if FULL:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
-    except Incompatible as error:  # a file of variants/ that cannot be read
+        return complain(f"error: {explain(error)}")
+    except (Incompatible, BadInput) as error:  # a file of variants/ that cannot be read
         if FULL:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return complain(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
-        print(interrupted(error), file=sys.stderr)
+        complain(interrupted(error))
         return 143 if isinstance(error, Terminated) else 130
     except BrokenPipeError:  # the reader of our output has left
         sys.stdout = None
