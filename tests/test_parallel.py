@@ -37,7 +37,9 @@ def together(runs: Sequence[Sequence[str]], processes: bool = True) -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    """Without what a command run in this process has left in it."""
+    own = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
 
 
 def folder(out: Path) -> Path:
@@ -102,6 +104,9 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
         assert_same_run(folder(tmp_path / key), folder(tmp_path / f"two-{key}"))
         env = json.loads((folder(tmp_path / f"two-{key}") / "env.json").read_text())
         assert env["processes"] == 2
+    whole, sharded, again = re.findall(r"held: (\d+) (\d+)", said)
+    assert whole[0] == whole[1] and again[0] == again[1]
+    assert int(sharded[1]) < 0.52 * int(sharded[0])
     assert said.count("resumed after step 3 of 6") == 1
     assert_same_run(folder(tmp_path / "ddp"), folder(begun))
     assert (
@@ -170,7 +175,7 @@ def test_every_variant_has_the_gradients_of_one_process(tmp_path: Path) -> None:
                 assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-5), (one.name, key)
 
 
-LONG = ["variant=lora", "rank=4", "dropout=0.1", "train.steps=400", "train.checkpoint_every=395",
+LONG = ["variant=lora", "rank=4", "dropout=0.1", "train.steps=120", "train.checkpoint_every=115",
         "train.eval_every=0", *QUICK[1:-1]]  # fmt: skip
 
 
@@ -202,7 +207,7 @@ class Started:
         return [ranks[0], ranks[1]]
 
     def ended(self) -> str:
-        self.process.wait(timeout=120)
+        self.process.wait(timeout=400)
         return self.said.read_text()
 
 
@@ -216,11 +221,11 @@ def test_a_signal_ends_all_between_two_steps(tmp_path: Path, signum: int, whom: 
     workers = run.after(20)
     os.kill(run.process.pid if whom == "torchrun" else workers[1], signum)
     said = run.ended()
-    found = re.findall(r"interrupted after step (\d+) of 400: the same command goes on", said)
-    assert len(found) == 1 and 20 <= int(found[0]) < 400, said
+    found = re.findall(r"interrupted after step (\d+) of 120: the same command goes on", said)
+    assert len(found) == 1 and 20 <= int(found[0]) < 120, said
     assert result_of_checkpoint(out) == int(found[0])
     again = Started(out, *LONG)
-    assert f"resumed after step {found[0]} of 400" in again.ended()
+    assert f"resumed after step {found[0]} of 120" in again.ended()
     whole = Started(tmp_path / "whole", *LONG)
     whole.ended()
     a, b = (load_file(folder(p) / "adapter" / "adapter.safetensors")
@@ -239,7 +244,7 @@ def result_of_checkpoint(out: Path) -> int:
 def test_a_lost_process_ends_the_run(tmp_path: Path, signum: int, whom: int) -> None:
     """Killed, or silent for longer than the others wait; the same command then goes on."""
     words = [w for w in LONG if "checkpoint" not in w] + ["train.checkpoint_every=10"]
-    run = Started(tmp_path / "runs", *words, LORA_PATIENCE="5")
+    run = Started(tmp_path / "runs", *words, LORA_PATIENCE="20")
     workers = run.after(25)
     os.kill(workers[whom], signum)
     said = run.ended()
@@ -251,4 +256,4 @@ def test_a_lost_process_ends_the_run(tmp_path: Path, signum: int, whom: int) -> 
         assert status["status"] == "failed" and "does not answer" in status["error"]
     step = result_of_checkpoint(tmp_path / "runs")
     done = lab(*words, "train.log_every=100", out=tmp_path / "runs")
-    assert f"resumed after step {step} of 400" in done.stdout
+    assert f"resumed after step {step} of 120" in done.stdout
