@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from variants import Incompatible
 
 from . import isolate
-from .config import Settings, restored, settings_of
+from .config import restored, settings_of
+from .parallel import Team, team, who
 from .provenance import sources
 from .record import NOT_AGAIN, Terminated
 from .tasks import BadInput
@@ -60,26 +61,30 @@ def _single(cfg: DictConfig) -> None:
     """The run of a command without -m."""
     global exit_code
     try:
-        _run(settings_of(cfg))
+        with team() as members:
+            alone(cfg, members)
     except EXPECTED as error:  # here, since Hydra would add a line of its own
         if FULL:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"{who()}error: {one_line(error)}", file=sys.stderr)
         exit_code = 1
 
 
-def _run(settings: Settings) -> None:
+def alone(cfg: DictConfig, members: Team) -> None:
+    """One run that is no part of a sweep, by the processes that it has."""
+    settings = members.together(lambda: settings_of(cfg))
     from .job import prepare, run
     from .screen import Screen
 
-    screen, prepared = Screen(), prepare(settings)
+    screen = Screen(quiet=members.rank > 0)
+    prepared = members.together(lambda: prepare(settings))
     if settings.dry:
         screen.say(f"{prepared.folder.state:<12} {prepared.folder.path}")
         return
     if settings.sweep.time_limit or settings.sweep.retry:
         screen.say("sweep.time_limit and sweep.retry are for multiruns (-m): not used")
     try:
-        run(prepared, screen)
+        run(prepared, screen, team=members)
     finally:
         screen.close()
 

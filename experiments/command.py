@@ -16,6 +16,7 @@ from variants._registry import from_file, unknown
 from . import attempt
 from .attempt import EXPECTED, FULL, one_line, terminate
 from .config import register
+from .parallel import complain, refuse_sweep
 from .record import Terminated, interrupted
 
 
@@ -28,6 +29,7 @@ def guarded(main: Callable[[], Any]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report hides the line that matters
     signal.signal(signal.SIGTERM, terminate)
     try:
+        refuse_sweep(sys.argv)
         sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
         register()
         main()
@@ -35,18 +37,16 @@ def guarded(main: Callable[[], Any]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         if FULL:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
+        return complain(f"error: {explain(error)}")
     except BrokenPipeError:  # the reader of our output has left
         sys.stdout = None
         return 1
     except EXPECTED as error:  # a run's, or a file of variants/ that cannot be read
         if FULL:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return complain(f"error: {one_line(error)}")
     except KeyboardInterrupt as error:
-        print(interrupted(error), file=sys.stderr)
+        complain(interrupted(error))
         return 143 if isinstance(error, Terminated) else 130
     return attempt.exit_code
 

@@ -53,6 +53,7 @@ class Train:
     eval_every: int | None = None  # steps between validations; null: an eighth of the run; 0: none
     checkpoint_every: int | None = None  # steps; null: a tenth of the run; 0: none
     log_every: int | None = None  # steps; null: a hundredth of the run
+    parallel: str = "ddp"  # under torchrun; ddp: the base on every process, fsdp: in shards
 
 
 @dataclass
@@ -154,10 +155,13 @@ class Settings:
 
 # Keys that cannot change a result: not in the hash.
 OUTSIDE = ("track", "sweep", "device", "out_dir", "study", "dry", "rerun")
-OUTSIDE_TRAIN = ("checkpoint_every", "log_every")
+# `parallel`, and how many processes there are, change sums by their rounding and the masks of
+# dropout by their draws, as `device` does.
+OUTSIDE_TRAIN = ("checkpoint_every", "log_every", "parallel")
 CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.autocast": ("none", "bf16"),
+    "train.parallel": ("ddp", "fsdp"),
     "eval.split": ("validation", "test"),
     "track.mode": ("auto", "online", "offline", "disabled"),
     "model.dtype": ("fp32", "bf16", "fp16"),

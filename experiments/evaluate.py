@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from variants import Incompatible
 from .batches import by_length, collate
 from .generate import generate
 from .model import Loaded
+from .parallel import ALONE, Team
 from .record import write_json
 from .tasks import BadInput, Example, Item, Task
 from .tasks._task import IGNORED, pairs
@@ -46,6 +47,7 @@ class Scorer:
     max_new_tokens: int
     autocast: bool = False
     tick: Callable[[], None] = lambda: None  # called after each portion
+    team: Team = ALONE  # each process scores its portions
 
     def examples(self, items: Sequence[Item]) -> list[Example]:
         """The items in tokens, as long as the run allows."""
@@ -77,19 +79,18 @@ class Scorer:
 
     @torch.no_grad()
     def _rows(self, examples: Sequence[Example]) -> list["Row"]:
-        rows: list[Row | None] = [None] * len(examples)
+        rows: list[tuple[int, Row]] = []
         model = self.loaded.model.eval()
-        for indices in by_length(examples, self.batch_size):
+        for indices in self.team.turns(list(by_length(examples, self.batch_size))):
             batch = collate(
                 [examples[i] for i in indices], self.loaded.tokenizer.pad_token_id, self.device
             )
             with self.cast():
                 logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
             scored = _classified if self.task.scoring == "classify" else _causal
-            for i, row in zip(indices, scored(logits, batch["labels"]), strict=True):
-                rows[i] = row
+            rows += zip(indices, scored(logits, batch["labels"]), strict=True)
             self.tick()
-        return [row for row in rows if row is not None]
+        return [Row(*row) for row in self.team.merge(rows)]
 
     def cast(self) -> Any:
         """The context in which the model computes."""
@@ -115,6 +116,7 @@ class Scorer:
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
                 tick=self.tick,
+                team=self.team,
             )
         for i, text in zip(open_, found, strict=True):
             texts[i] = text
@@ -137,20 +139,19 @@ class Scorer:
             for i, example in enumerate(examples)
         ]
 
-    def _label(self, value: Tensor) -> Any:
+    def _label(self, value: list[float]) -> Any:
         if self.task.num_labels == 1:
-            return value.item()
-        return self.task.labels[int(value.argmax())]  # type: ignore[attr-defined]
+            return value[0]
+        return self.task.labels[int(torch.tensor(value).argmax())]  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One example under the model."""
 
     nats: float  # summed over its response tokens
     tokens: int
     greedy: bool  # every response token is the most probable one
-    value: Tensor  # a classifier's outputs
+    value: list[float]  # a classifier's outputs
 
 
 def _causal(logits: Tensor, labels: Tensor) -> list[Row]:
@@ -163,16 +164,13 @@ def _causal(logits: Tensor, labels: Tensor) -> list[Row]:
     sums = torch.zeros(2, known.shape[0], dtype=torch.float64)
     sums.index_add_(1, owner, torch.stack((nats, wrong)))
     counts = known.sum(1).tolist()
-    return [
-        Row(n, t, w == 0, logits.new_empty(0))
-        for n, w, t in zip(*sums.tolist(), counts, strict=True)
-    ]
+    return [Row(n, t, w == 0, []) for n, w, t in zip(*sums.tolist(), counts, strict=True)]
 
 
 def _classified(logits: Tensor, labels: Tensor) -> list[Row]:
     logits = logits.float()
     nats = classifier_loss(logits, labels, "none")
-    return [Row(n, 1, False, v) for n, v in zip(nats.tolist(), logits.cpu(), strict=True)]
+    return [Row(n, 1, False, v) for n, v in zip(nats.tolist(), logits.tolist(), strict=True)]
 
 
 def classifier_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:

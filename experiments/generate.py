@@ -13,6 +13,7 @@ from variants import Incompatible
 
 from .batches import pad
 from .model import Loaded
+from .parallel import ALONE, Team
 from .tasks import BadInput
 
 
@@ -24,6 +25,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     tick: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids), up to the end of sequence.
 
@@ -43,10 +45,10 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    texts = [""] * len(prompts)
+    texts: list[tuple[int, str]] = []
     indices = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(indices), batch_size):
-        portion = indices[start : start + batch_size]
+    portions = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    for portion in team.turns(portions):
         rows = [list(prompts[i])[-room:] for i in portion]
         ids = pad(rows, tokenizer.pad_token_id, left=True).to(device)
         mask = pad([[1] * len(row) for row in rows], 0, left=True).to(device)
@@ -54,9 +56,9 @@ def generate(
         for i, row in zip(portion, out[:, ids.shape[1] :].tolist(), strict=True):
             if tokenizer.eos_token_id in row:
                 row = row[: row.index(tokenizer.eos_token_id)]
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+            texts.append((i, tokenizer.decode(row, skip_special_tokens=True)))
         tick()
-    return texts
+    return team.merge(texts)
 
 
 def main() -> int:

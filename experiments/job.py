@@ -1,5 +1,6 @@
 """One run, from settings to result.json: prepare, score the base, train, score what came of it."""
 
+import contextlib
 import gc
 import itertools
 import math
@@ -28,6 +29,7 @@ from .config import Settings, fill, run_hash, stamp
 from .evaluate import Scorer, Scores, write_predictions
 from .measure import resident_bytes, storage_bytes
 from .model import Loaded, Source
+from .parallel import ALONE, Team
 from .record import Folder, Log
 from .screen import Screen
 from .tasks import BadInput, Example, Splits, Task
@@ -138,26 +140,35 @@ class Held(BadInput):
     """Another process has this very run."""
 
 
-def run(prepared: Prepared, screen: Screen, group: str = "single") -> dict[str, Any]:
+def run(
+    prepared: Prepared, screen: Screen, group: str = "single", team: Team = ALONE
+) -> dict[str, Any]:
     """Runs, or resumes, or reports what is finished; returns result.json's content."""
     folder, settings = prepared.folder, prepared.settings
-    finished = folder.result
+    notes = team.together(lambda: team.take(prepared))
+    finished = team.tell(lambda: folder.result)
     if finished is not None and not settings.rerun:
-        _say_finished(prepared, finished, screen, group)
+        _say_finished(prepared, finished, screen, group, team)
         return finished
-    with folder.locked() as held:
-        if not held:
-            raise Held(f"{folder.path}: another process is running this very run ({folder.holder})")
-        finished = folder.result  # since then
+    with contextlib.ExitStack() as held:
+        team.together(lambda: team.first(_hold, folder, held))
+        finished = team.tell(lambda: folder.result)  # since then
         if finished is not None and not settings.rerun:
             screen.finished(finished, folder.path)
             return finished
         if finished is not None:
-            screen.say(f"the finished run was set aside as {folder.set_aside()}")
-        return _run(prepared, screen, group)
+            screen.say(f"the finished run was set aside as {team.first(folder.set_aside)}")
+        return _run(prepared, screen, group, team, notes)
 
 
-def _say_finished(prepared: Prepared, finished: dict[str, Any], screen: Screen, group: str) -> None:
+def _hold(folder: Folder, held: contextlib.ExitStack) -> None:
+    if not held.enter_context(folder.locked()):
+        raise Held(f"{folder.path}: another process is running this very run ({folder.holder})")
+
+
+def _say_finished(
+    prepared: Prepared, finished: dict[str, Any], screen: Screen, group: str, team: Team
+) -> None:
     folder = prepared.folder
     changed = folder.changed_sources()
     if changed:
@@ -166,61 +177,67 @@ def _say_finished(prepared: Prepared, finished: dict[str, Any], screen: Screen, 
             f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
             f"again beside the old one"
         )
-    _regroup(prepared, finished, screen, group)
+    team.first(_regroup, prepared, finished, screen, group)
     screen.say("finished before; rerun=true runs it again beside the old one")
     if not (folder.path / "adapter" / "adapter.json").is_file():
         screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
     screen.finished(finished, folder.path)
 
 
-def _run(prepared: Prepared, screen: Screen, group: str) -> dict[str, Any]:
+def _run(
+    prepared: Prepared, screen: Screen, group: str, team: Team, notes: list[str]
+) -> dict[str, Any]:
     """The run itself, its folder being held; how it ends is in status.json."""
     folder, settings = prepared.folder, prepared.settings
-    device = pick_device(settings.device)
+    device = team.together(lambda: team.device(pick_device(settings.device)))
     began = time.perf_counter()
-    torch.manual_seed(settings.seed)  # a new head draws from here
-    loaded = prepared.source.load(
-        settings.task.num_labels, regression=settings.task.num_labels == 1
-    )
+    loaded = team.together(lambda: load(prepared))
     if not gc.isenabled():  # off since run.py; what is there by now stays, and is not walked again
         gc.freeze()
         gc.enable()
-    planned = plan(
-        loaded.model,
-        prepared.choice,
-        settings.targets,
-        settings.rank_pattern,
-        settings.alpha_pattern,
-    )
-    log = Log(folder.path / "run.log")
+    asked = settings.targets, settings.rank_pattern, settings.alpha_pattern
+    planned = team.together(lambda: plan(loaded.model, prepared.choice, *asked))
+    log = Log(folder.path / "run.log" if team.rank == 0 else Path(os.devnull))
     screen.log = log.write
     own = settings.track.group or settings.study or group
-    folder.sweep_up()
-    folder.set_status("running", group=own if settings.track.mode != "disabled" else None)
-    job = Run(prepared, loaded, planned, device, screen, group, began)
+    team.first(folder.sweep_up)
+    own = own if settings.track.mode != "disabled" else None
+    team.first(folder.set_status, "running", group=own)
+    job = team.together(lambda: Run(prepared, loaded, planned, device, screen, group, began, team))
     try:
-        result = job.result()
+        result = job.result(notes)
     except KeyboardInterrupt as error:
         if folder.result is None:  # else there was no more to do
-            folder.set_status("interrupted", error=record.interrupted(error))
+            team.first(folder.set_status, "interrupted", error=record.interrupted(error))
         log.write(record.interrupted(error))
         job.tracker.finish(None, failed=True)
         raise
     except Exception as error:
-        folder.set_status(
+        told = team.explain(error)
+        team.first(
+            folder.set_status,
             "failed",
-            error=f"{type(error).__name__}: {error}",
+            error=f"{type(told).__name__}: {told}",
             sources=provenance.sources(),
             traceback=traceback.format_exc(),
         )
         log.write(traceback.format_exc())
         job.tracker.finish(None, failed=True)
+        if told is not error:
+            raise told from error
         raise
     finally:
         screen.log = lambda text: None
         log.close()
     screen.finished(result, folder.path)
     return result
+
+
+def load(prepared: Prepared) -> Loaded:
+    """The untouched model, the same each time."""
+    task = prepared.settings.task
+    torch.manual_seed(prepared.settings.seed)  # a new head draws from here
+    return prepared.source.load(task.num_labels, regression=task.num_labels == 1)
 
 
 def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> None:
@@ -285,17 +302,17 @@ class Run:
         screen: Screen,
         group: str,
         began: float,
+        team: Team,
     ) -> None:
         settings = prepared.settings
         self.prepared, self.settings, self.loaded = prepared, settings, loaded
         self.planned, self.device, self.screen, self.began = planned, device, screen, began
         self.path, self.checkpoints = prepared.folder.path, prepared.folder.path / "checkpoint"
-        loaded.model.to(device)
+        self.team, self.home = team, team.home(device)
+        self._settled(loaded.model)
         codes = [m.shape for m in loaded.model.modules() if isinstance(m, Stored)]  # of its files
         self.numbers = sum(p.numel() for p in loaded.model.parameters())  # before the adapter
         self.numbers += sum(m * n for m, n in codes)
-        if settings.train.activation_checkpointing:
-            loaded.model.gradient_checkpointing_enable()
         self.scorer = Scorer(
             task=settings.task,
             loaded=loaded,
@@ -305,10 +322,11 @@ class Run:
             max_new_tokens=settings.eval.max_new_tokens or 0,
             autocast=settings.train.autocast == "bf16",
             tick=screen.tick,
+            team=team,
         )
         config = self._config()
-        OmegaConf.save(OmegaConf.create(config), self.path / "config.yaml")
-        self.environment = provenance.environment()
+        team.first(OmegaConf.save, OmegaConf.create(config), self.path / "config.yaml")
+        self.environment = provenance.environment() | {"processes": team.size}
         self.tracker = Tracker(
             settings.track,
             self.path,
@@ -319,6 +337,13 @@ class Run:
             say=screen.say,
         )
 
+    def _settled(self, model: Any) -> Any:
+        """A model as it was loaded, where it belongs and as the settings want it."""
+        model.to(self.home)
+        if self.settings.train.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
     def _config(self) -> dict[str, Any]:
         """The resolved settings, as config.yaml and W&B have them."""
         settings, choice = self.settings, self.prepared.choice
@@ -328,12 +353,12 @@ class Run:
         plain["optim"]["lr"] = self.prepared.lr
         return plain
 
-    def result(self) -> dict[str, Any]:
+    def result(self, notes: list[str]) -> dict[str, Any]:
         """All of it; writes result.json last."""
         settings, prepared, screen = self.settings, self.prepared, self.screen
         screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "
                    f"{_name(self.device)}; {self.path}")  # fmt: skip
-        for note in prepared.choice.notes:
+        for note in (*prepared.choice.notes, *notes):
             screen.say(note)
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
@@ -342,9 +367,10 @@ class Run:
         self._say_cut(train)
         self.eval_s = 0.0
         base = self._base(scored, train)
-        adapter = self._attach(train)
+        adapter = self.team.together(lambda: self._attach(train))
+        self.team.together(lambda: self.team.spread(adapter, self.device))
         init_s = time.perf_counter() - self.began - self.eval_s
-        trainer = Trainer(self, adapter, train, scored)
+        trainer = self.team.together(lambda: Trainer(self, adapter, train, scored))
         diverged = None
         try:
             trainer.train()
@@ -354,14 +380,22 @@ class Run:
         tuned, forgetting = self._tuned(scored, base, adapter) if diverged is None else (None, None)
         if tuned is not None and not math.isfinite(tuned.metrics["loss"]):
             diverged = f"the loss after step {trainer.step} is not finite"
-        adapter.save(self.path / "adapter")
-        result = self._assemble(base, tuned, forgetting, adapter, trainer, init_s, diverged)
-        after = [None] * len(scored) if tuned is None else tuned.predictions
-        write_predictions(self.path / "predictions.jsonl", scored, base["predictions"], after)
-        prepared.folder.set_status(result["status"])
-        record.write_json(self.path / "result.json", result)
-        self.tracker.finish(summary(result))
-        return result
+        self.team.agree(adapter.parameters())
+        peak = self.team.most(peak_bytes(self.device))
+
+        def written() -> dict[str, Any]:
+            adapter.save(self.path / "adapter")
+            found = self._assemble(
+                base, tuned, forgetting, adapter, trainer, init_s, diverged, peak
+            )
+            after = [None] * len(scored) if tuned is None else tuned.predictions
+            write_predictions(self.path / "predictions.jsonl", scored, base["predictions"], after)
+            prepared.folder.set_status(found["status"])
+            record.write_json(self.path / "result.json", found)
+            self.tracker.finish(summary(found))
+            return found
+
+        return self.team.tell(written)
 
     def _choose_threads(self, train: list[Example]) -> None:
         """One thread for a model too small to share; OMP_NUM_THREADS, where set, has been heard."""
@@ -371,7 +405,7 @@ class Run:
             width = self.prepared.source.width or REFERENCE_WIDTH
             torch.set_num_threads(1 if width * tokens < WORTH_A_THREAD else ALL_THREADS)
         self.environment["device"] = _name(self.device)
-        record.write_json(self.path / "env.json", self.environment)
+        self.team.first(record.write_json, self.path / "env.json", self.environment)
 
     def _say_cut(self, examples: list[Example]) -> None:
         count = sum(e.cut for e in examples)
@@ -387,7 +421,8 @@ class Run:
             task = LanguageModelling(path=self.settings.eval.forgetting)
             items = task.splits().validation + task.splits().test
             scorer = Scorer(task, self.loaded, self.device, self.scorer.batch_size,
-                            self.scorer.seq_len, 0, self.scorer.autocast)  # fmt: skip
+                            self.scorer.seq_len, 0, self.scorer.autocast,
+                            team=self.team)  # fmt: skip
             return scorer, scorer.examples(items)
         if self.prepared.splits.forgetting:
             return self.scorer, self.scorer.examples(self.prepared.splits.forgetting)
@@ -395,20 +430,30 @@ class Run:
 
     def _base(self, scored: list[Example], train: list[Example]) -> dict[str, Any]:
         """The untouched model's scores and what one training step keeps; kept for a resume."""
-        kept = record.read_json(self.checkpoints / "base.json")
+        file = self.checkpoints / "base.json"
+        kept = self.team.tell(record.read_json, file)
         if kept is not None:
             return kept
         began = time.perf_counter()
-        self.screen.phase("scoring the base", portions(len(scored), self.scorer.batch_size))
+        self.team.shard(self.loaded.model, self.device, ())
+        self.screen.phase("scoring the base", self._portions(scored))
         scores = self.scorer.full(scored)
         old = self._forgetting()
         forgetting = old[0].full(old[1]).metrics if old else None
         self.eval_s += time.perf_counter() - began
         found = {"metrics": scores.metrics, "predictions": scores.predictions,
                  "forgetting": forgetting}  # fmt: skip
-        self.checkpoints.mkdir(exist_ok=True)
-        record.write_json(self.checkpoints / "base.json", found)
+        self.team.first(self.checkpoints.mkdir, exist_ok=True)
+        self.team.first(record.write_json, file, found)
+        self.loaded.model = self.team.renewed(
+            self.loaded.model, lambda: self._settled(load(self.prepared).model)
+        )
         return found
+
+    def _portions(self, scored: list[Example]) -> int:
+        """The batches that this process scores."""
+        count = math.ceil(len(scored) / self.scorer.batch_size)
+        return len(self.team.turns(range(count)))
 
     def _attach(self, train: list[Example]) -> Adapter:
         settings, choice = self.settings, self.prepared.choice
@@ -440,7 +485,7 @@ class Run:
         pad_id = self.loaded.tokenizer.pad_token_id
         for step in itertools.count():
             chosen = batches.order(len(train), size, step, self.settings.seed)
-            batch = batches.collate([train[i] for i in chosen], pad_id, self.device)
+            batch = batches.collate([train[i] for i in chosen], pad_id, self.home)
             labels = batch["labels"]
             if self.settings.task.scoring == "classify" and self.settings.task.num_labels > 1:
                 labels = labels.long()  # the model's own loss takes numbers for a regression
@@ -450,7 +495,7 @@ class Run:
         self, scored: list[Example], base: Mapping[str, Any], adapter: Adapter
     ) -> tuple[Scores, dict[str, Any] | None]:
         began = time.perf_counter()
-        self.screen.phase("scoring the result", portions(len(scored), self.scorer.batch_size))
+        self.screen.phase("scoring the result", self._portions(scored))
         scores = self.scorer.full(scored)
         old = self._forgetting()
         forgetting = None
@@ -469,6 +514,7 @@ class Run:
         trainer: Trainer,
         init_s: float,
         diverged: str | None,
+        peak: int,
     ) -> dict[str, Any]:
         """result.json."""
         settings, prepared = self.settings, self.prepared
@@ -521,7 +567,7 @@ class Run:
                 if trainer.durations
                 else None,
             },
-            "memory": self._memory(adapter, trainer),
+            "memory": self._memory(adapter, trainer, peak),
             "tokens": trainer.tokens,
             "flops": trainer.measured["flops_per_token"] * trainer.tokens["seen"],
             "provenance": {
@@ -531,7 +577,7 @@ class Run:
             },
         }
 
-    def _memory(self, adapter: Adapter, trainer: Trainer) -> dict[str, Any]:
+    def _memory(self, adapter: Adapter, trainer: Trainer, peak: int) -> dict[str, Any]:
         """Bytes of the run, and bits of the numbers that the base stores, in all and by format."""
         frozen = [m for m in self.loaded.model.modules() if isinstance(m, Frozen)]
         formats: dict[str, dict[str, int]] = {}
@@ -541,7 +587,7 @@ class Run:
             found["bits"] += layer.stored.bits
         states = tree_leaves(list(trainer.optimizer.state.values()))
         return {
-            "peak_bytes": peak_bytes(self.device),
+            "peak_bytes": peak,
             "peak_of": "tensors on the GPU" if self.device.type == "cuda" else "the process",
             "step_peak_bytes": trainer.measured.get("step_peak_bytes"),
             "resident_bytes": resident_bytes(self.loaded.model),
@@ -558,10 +604,6 @@ class Run:
                 if t is not None
             ),
         }
-
-
-def portions(count: int, size: int) -> int:
-    return math.ceil(count / size)
 
 
 def peak_bytes(device: torch.device) -> int:

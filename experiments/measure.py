@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,33 +67,53 @@ class Live(TorchDispatchMode):
 def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
     """Runs `backward` once and counts. Memory that several nodes keep counts once; what the model
     holds anyway (parameters and buffers) does not count."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    own: dict[int, torch.UntypedStorage] = {}  # held, as the others are, so that no address is
+    kept: dict[int, torch.UntypedStorage] = {}  # used twice
+
+    def note(module: nn.Module, args: Any = None) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = _local(tensor).untyped_storage()
+            own[storage._cdata] = storage
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as flops,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        backward()
+    note(model)
+    hook = register_module_forward_pre_hook(note)  # a base in shards is made whole block by block
+    try:
+        with (
+            FlopCounterMode(display=False) as flops,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            backward()
+    finally:
+        hook.remove()
     return {"saved_bytes": sum(s.nbytes() for s in kept.values()), "flops": flops.get_total_flops()}
 
 
-def most_bytes(backward: Callable[[], Any], model: nn.Module) -> int:
-    """Runs `backward` once: the most that live tensors took at once, the model's own included."""
+def most_bytes(backward: Callable[[], Any], model: nn.Module) -> int | None:
+    """Runs `backward` once: the most that live tensors took at once, the model's own included.
+
+    None for a model in shards: their storages grow and shrink where no operation shows it.
+    """
+    if any(_local(p) is not p for p in model.parameters()):
+        return None
     with Live((*model.parameters(), *model.buffers())) as live:
         backward()
     return live.peak
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """What the parameters and buffers take, each storage once."""
-    return storage_bytes((*model.parameters(), *model.buffers()))
+    """What the parameters and buffers take in this process, each storage once."""
+    return storage_bytes(_local(t) for t in (*model.parameters(), *model.buffers()))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in shards, which has no storage itself; else the tensor."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

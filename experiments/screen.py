@@ -27,12 +27,13 @@ MEMORY = {  # the rows of the table, by key of result.json's `memory`
 class Screen:
     """The terminal of one run. Off a terminal, lines in place of a bar.
 
-    `brief`, for a sweep: a line at the end, the rest in run.log; `bar`: where no other run has one.
+    `brief`, for a sweep: a line at the end, the rest in run.log; `bar`: where no other run has one;
+    `quiet`: nothing at all.
     """
 
-    def __init__(self, brief: bool = False, bar: bool = True) -> None:
+    def __init__(self, brief: bool = False, bar: bool = True, quiet: bool = False) -> None:
         self.brief, self.bar = brief, bar
-        self.console = Console(stderr=False, highlight=False)
+        self.console = Console(stderr=False, highlight=False, quiet=quiet)
         self.log: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
         self._task: Any = None

@@ -2,13 +2,13 @@
 
     python run.py -m study=smoke             any launcher; the same command again goes on
 
-conf/studies/NAME.yaml states it, and it is frozen before its first run: OUT_DIR/NAME/study.json holds
-it with its hash, and another statement under the same name is refused. Then, for every variant on
-every model and task: learning rates on a grid around the preset's own (stage 1, a seed), finer and
-with more seeds around the best (stage 2), beyond the grid where the best lies on its edge; the
-choice by validation loss; and a confirmation on fresh seeds, the same for all, which alone reads
-the test split. All variants get equal trials: where one has to look beyond its grid, the others
-spend as many on theirs. ledger.json keeps what each was given.
+conf/studies/NAME.yaml states it, and it is frozen before its first run: OUT_DIR/NAME/study.json
+holds it with its hash, and another statement under the same name is refused. Then, for every
+variant on every model and task: learning rates on a grid around the preset's own (stage 1, a seed),
+beyond the grid where the best lies on its edge, finer and with more seeds around the best (stage
+2); the choice by validation loss; and a confirmation on fresh seeds, the same for all, which alone
+reads the test split. All variants get equal trials: where one has to look beyond its grid, the
+others spend as many on theirs. ledger.json keeps what each was given.
 """
 
 import hashlib
@@ -38,16 +38,8 @@ if TYPE_CHECKING:
 FOLDER = ROOT / "conf" / "studies"
 PER_DECADE = 4  # the finest grid; all rates lie on 10^(k / 4), so that variants share them
 FRESH = 1000  # the first seed of a confirmation: no run of the tuning has it
-
-
-OWN = (
-    "variant=",
-    "variant/",
-    "rank=",
-    "seed=",
-    "optim.lr=",
-    "eval.split=",
-)  # what a study chooses by itself
+# what a study chooses by itself
+OWN = ("variant=", "variant/", "rank=", "seed=", "optim.lr=", "eval.split=")
 
 Cell = tuple[int, int]  # a step of the grid, a seed
 
@@ -122,6 +114,13 @@ class Arm:
         most = max(len(seeds) for seeds in self.tried.values())
         means = {k: sum(v.values()) / most for k, v in self.tried.items() if len(v) == most}
         return min(means, key=lambda k: (means[k], k))
+
+    @property
+    def gap(self) -> int:
+        """The larger factor between the best rate and those tried next to it, in steps."""
+        above = min((k - self.best for k in self.tried if k > self.best), default=0)
+        below = min((self.best - k for k in self.tried if k < self.best), default=0)
+        return max(above, below)
 
     @property
     def edge(self) -> int:
@@ -379,15 +378,15 @@ class Study:
                 "bracket": {-1: "low edge", 0: "inside", 1: "high edge"}[arm.edge],
                 "confirmations": self.spec.confirm,
             })  # fmt: skip
-        less = self._departures(len({arm.name for arm in arms}))
+        less = self._departures(arms)
         ledger = {"study": self.name, "tier": self.spec.tier, "departures": less, "arms": rows}
         write_json(self.folder / "ledger.json", ledger)
         self._show(rows)
         for line in less:
             print(f"less than the protocol: {line}")
 
-    def _departures(self, arms: int) -> list[str]:
-        """Where the statement asks less than a comparison should: docs/studies.md."""
+    def _departures(self, arms: Sequence[Arm]) -> list[str]:
+        """Where the study does less than a comparison should (docs/sweeps.md)."""
         spec, tuning, said = self.spec, self.spec.tuning, []
         there = (*spec.anchors, *spec.variants)
         lacking = [line for line in _defaults().anchors if line not in there]
@@ -398,11 +397,14 @@ class Study:
                         f"decades, not 2 over 3")  # fmt: skip
         if not tuning.refine:
             said.append("no stage 2, of four points a decade and two seeds around the best")
-        blocks, others = spec.confirm * len(spec.tasks), max(1, arms - len(spec.ranks or [0]))
+        blocks, others = spec.confirm * len(spec.tasks), max(1, len({a.name for a in arms}) - 1)
         least, needed = 2.0 ** (1 - blocks), spec.level / others
         if least > needed:
             said.append(f"unreachable: {blocks} paired blocks cannot go below p = {least:.3g}, and "
                         f"{others} comparisons need {needed:.3g}")  # fmt: skip
+        gaps = {f"{arm.name} x{10 ** (arm.gap / PER_DECADE):.3g}": arm.gap for arm in arms}
+        if len(set(gaps.values())) > 1:
+            said.append(f"unequal steps around the rates chosen: {', '.join(gaps)}")
         return said
 
     def _show(self, rows: list[dict[str, Any]]) -> None:

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[list[int]]:
-    """The signals (interrupt, terminate) that have come; a second one stops at once."""
+def stopping(patient: bool) -> Iterator[list[int]]:
+    """The signals (interrupt, terminate) that have come; a second one stops at once.
+
+    With `patient` it does not: torchrun passes on what its processes got from the terminal too.
+    """
     came: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
-        if came:
+        if came and not patient:
             raise KeyboardInterrupt
         came.append(signum)
 
@@ -55,7 +58,7 @@ class Trainer:
     def __init__(
         self, run: "Run", adapter: Adapter, train: list[Example], scored: list[Example]
     ) -> None:
-        self.run, self.adapter, self.examples = run, adapter, train
+        self.run, self.adapter, self.examples, self.team = run, adapter, train, run.team
         self.validation = run.scorer.examples(run.prepared.splits.validation)
         self.validation = self.validation[: run.settings.eval.limit_during]
         self.settings, self.optim = run.settings.train, run.settings.optim
@@ -75,7 +78,8 @@ class Trainer:
         self.measured: dict[str, float] = {}
         self.durations: list[float] = []
         resumed = self._resume()
-        self.metrics = Metrics(run.path / "metrics.jsonl", self.step if resumed else None)
+        after = self.step if resumed else None
+        self.metrics = self.team.first(Metrics, run.path / "metrics.jsonl", after)
 
     def train(self) -> None:
         """Every step that is left. Raises `Diverged` at the first number that is not finite."""
@@ -85,13 +89,14 @@ class Trainer:
                 self.measured = self._measure()
             if self.step == 0 and self.settings.eval_every:
                 self._validate()
-            with stopping() as stop:
+            with stopping(patient=self.team.size > 1) as stop:
                 while self.step < self.steps:
                     self._advance()
-                    if stop and self.step < self.steps:
-                        self._leave(stop[0])
+                    signum = self.team.most(stop[0] if stop else 0)
+                    if signum and self.step < self.steps:
+                        self._leave(signum)
         finally:
-            self.metrics.close()
+            self.team.first(lambda: self.metrics.close())
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
@@ -113,7 +118,7 @@ class Trainer:
         if self.settings.checkpoint_every:
             self._save()
             where = f"after step {self.step} of {self.steps}"
-        raise (Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(where)
+        self.team.leave((Terminated if signum == signal.SIGTERM else KeyboardInterrupt)(where))
 
     def _due(self, every: int | None) -> bool:
         """Each `every` steps and after the last; 0: never."""
@@ -126,9 +131,12 @@ class Trainer:
         batch = [self.examples[i] for i in chosen]
         tokens = count_tokens(batch)
         self.model.train()
+        self.team.seed(self.run.settings.seed, self.step)
         loss = torch.zeros((), device=self.device)
         for part in batches.split(batch, self.settings.accumulate):
-            loss += self._backward(part, tokens)
+            loss += self._backward(self.team.part(part), tokens)
+        loss = self.team.sum(loss)
+        self.team.reduce(self.adapter)
         penalty = self.adapter.penalty()
         if penalty is not None:
             penalty.backward()
@@ -176,7 +184,7 @@ class Trainer:
         self.window = [0.0, 0.0, 0]
 
     def _row(self, row: dict[str, Any]) -> None:
-        self.metrics.add(row)
+        self.team.first(lambda: self.metrics.add(row))
         self.run.tracker.log(row)
 
     def _validate(self) -> None:
@@ -200,10 +208,14 @@ class Trainer:
         return found
 
     def _measure(self) -> dict[str, float]:
-        """What the first batch keeps for backward and takes at most, its FLOPs; changes nothing."""
+        """What the first batch keeps for backward and takes at most, its FLOPs; changes nothing.
+
+        Of several processes each measures its part; the first one's counts.
+        """
         size: int = self.settings.batch_size  # type: ignore[assignment]
         chosen = batches.order(len(self.examples), size, 0, self.run.settings.seed)
         part = [self.examples[i] for i in chosen[: size // self.settings.accumulate]]
+        part = self.team.part(part)
         state = self.adapter.state()
         self.model.train()
 
@@ -219,6 +231,10 @@ class Trainer:
                 "flops_per_token": found["flops"] / tokens}  # fmt: skip
 
     def _save(self) -> None:
+        self.team.agree(self.adapter.parameters())
+        self.team.first(self._write)
+
+    def _write(self) -> None:
         tensors = {f"adapter.{k}": t for k, t in self.adapter.tensors().items()}
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -240,7 +256,7 @@ class Trainer:
     def _resume(self) -> bool:
         """Continues from the newest whole checkpoint, if there is one."""
         torch.manual_seed(self.run.settings.seed)  # of dropout, the adapter's and the model's own
-        found = load_checkpoint(self.run.checkpoints)
+        found = self.team.tell(load_checkpoint, self.run.checkpoints)
         if found is None:
             return False
         step, tensors, plain = found

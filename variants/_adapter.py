@@ -447,6 +447,11 @@ class Adapter:
         with torch.autocast(device, enabled=False):
             return self.choice.allocation.penalty(self.layers)
 
+    def noted(self) -> Sequence[Tensor]:
+        """What the allocation gathers in backward, beside gradients (`Allocation.noted`)."""
+        state = self.allocation_state
+        return () if state is None else self.choice.allocation.noted(self.layers, state)
+
     def ranks(self) -> dict[str, int]:
         """The directions in use, by layer."""
         return self.choice.allocation.ranks(self.layers, self.allocation_state)

@@ -314,6 +314,11 @@ class Allocation(Measuring):
         """
         return ()
 
+    def noted(self, layers: Mapping[str, "Adapted"], state: dict[str, Any]) -> Sequence[Tensor]:
+        """Tensors of the state that backward passes add to, one for each portion of a batch. Where
+        several processes share a batch, each is summed over them, as gradients are."""
+        return ()
+
     def ranks(
         self, layers: Mapping[str, "Adapted"], state: dict[str, Any] | None
     ) -> dict[str, int]:

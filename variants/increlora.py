@@ -204,6 +204,15 @@ class Growth(Allocation, name="increlora"):
         found = [off for layer in layers.values() for off in off_orthogonal(layer.p, self.angles)]
         return self.orthogonality * torch.cat(found).mean()
 
+    def noted(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> Sequence[Tensor]:
+        if state["budget"] >= state["target"]:
+            return ()
+        score = state["score"]
+        for name, layer in layers.items():  # one that no token of this process reached
+            if name not in score:
+                score[name] = layer.params["share"].new_zeros(layer.out_features, layer.in_features)
+        return [score[name] for name in layers]
+
     @torch.no_grad()
     def after_step(
         self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
