@@ -3,8 +3,8 @@
     python -m benchmarks.compare [--runs 10000] [--json FILE]
 
 One real run (two steps of LoRA on the embedded model) is copied under other names, rates, ranks,
-tasks and seeds, with scores around a parabola over the rate's logarithm: ten variants, ten rates, two
-ranks, five tasks, and as many seeds as make the count. Bounds for 10,000: 60 s, 2 GiB.
+tasks and seeds, with scores around a parabola over the rate's logarithm: ten variants, ten rates,
+two ranks, five tasks, and as many seeds as make the count. Bounds for 10,000: 60 s, 2 GiB.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 
 from variants._registry import find_preset
 
-NAMES = ("lora", "dora", "pissa", "adalora", "rslora", "lora_plus", "olora", "milora", "eva", "vera")
+NAMES = tuple("lora dora pissa adalora rslora lora_plus olora milora eva vera".split())
 RATES = tuple(1e-4 * 2**k for k in range(10))
 RANKS = (8, 16)
 TASKS = tuple(f"task{k}" for k in range(5))
@@ -89,11 +89,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         count = make(top / "runs", template(top / "one"), args.runs)
+        command = ["-m", "analysis.compare", str(top / "runs"), "--out", str(top / "out")]
         began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "analysis.compare", str(top / "runs"), "--out", str(top / "out")],
-            cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         page = (top / "out" / "index.html").stat().st_size
