@@ -25,7 +25,7 @@ import numpy as np
 
 from variants._registry import find_preset
 
-NAMES = tuple("lora dora pissa adalora rslora lora_plus olora milora eva vera".split())
+NAMES = ("lora", "dora", "pissa", "adalora", "rslora", "olora", "milora", "eva", "hira", "vera")
 RATES = tuple(1e-4 * 2**k for k in range(10))
 RANKS = (8, 16)
 TASKS = tuple(f"task{k}" for k in range(5))
