@@ -152,6 +152,8 @@ def ranks(rows: Sequence[Mapping[str, Any]], baseline: str) -> dict[str, Figure]
             bars = [(r, i) for r, i in zip(row["rank"], row["interval"], strict=True) if i]
             for r, (low, high) in bars:
                 ax.plot([r, r], [low, high], color=looks[row["variant"]]["color"], linewidth=0.8)
+        if not ax.lines:  # no rank with a score that a verdict could use
+            continue
         ax.set(xscale="log", xlabel="rank", ylabel="score")
         ticks = sorted({r for row in here for r in row["rank"]})
         ax.set_xticks(ticks, [str(t) for t in ticks])

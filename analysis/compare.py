@@ -156,8 +156,8 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
         "corrected: what is reported."
     )
     more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
-    more += ("improvement", "mcnemar", "scope", "notes")
-    return told + html.table(rows, _keys(rows, (*cells.VERDICTS[:-1], *more)))
+    more += ("improvement", "mcnemar", "notes")
+    return told + html.table(rows, _keys(rows, ("scope", *cells.VERDICTS[:-1], *more)))
 
 
 def _keys(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> list[str]:

@@ -200,6 +200,9 @@ def csv(path: str | Path) -> Table:
             f"--csv {path}: no column {missing[0]!r}; needed: {', '.join(NEEDED)}; "
             f"there: {', '.join(map(str, table.columns))}"
         )
+    seeds: Table = pd.to_numeric(table["seed"], errors="coerce")
+    for i in table.index[seeds.isna() | (seeds % 1 != 0)]:
+        raise Unreadable(f"--csv {path}, line {i + 2}: seed={table['seed'][i]}: not a whole number")
     for name in ("lr", "score"):
         numbers: Table = pd.to_numeric(table[name], errors="coerce")
         odd = table.index[numbers.isna() & table[name].notna()]

@@ -30,7 +30,7 @@ class Optim:
     lr: float | None = None  # null: the preset's own, carried to the model's width
     # lr of a preset holds at width 4096; at width d it is multiplied by (4096 / d)^width_exponent.
     # 0.781 was fitted on Llama models (tinker-cookbook, hyperparam_utils.get_lr); 0 turns it off.
-    width_exponent: float = 0.781
+    width_exponent: float | None = None  # null: the preset's own, 0.781 unless it says otherwise
     schedule: str = "cosine"  # cosine, linear, constant
     warmup: float = 0.03  # below 1 a share of the steps, else steps
     weight_decay: float = 0.0

@@ -127,6 +127,8 @@ def learning_rate(settings: Settings, width: int | None) -> tuple[float, str]:
         return settings.optim.lr, "optim.lr"
     preset = find_preset(settings.variant["name"])
     exponent = settings.optim.width_exponent
+    if exponent is None:
+        exponent = preset.width_exponent
     if width is None or exponent == 0:
         return preset.lr, f"{preset.lr:g}: {preset.lr_origin}"
     factor = (REFERENCE_WIDTH / width) ** exponent

@@ -277,6 +277,7 @@ def test_other_code_is_another_scope(tmp_path: Path) -> None:
         (["--csv", "none.csv"], "No such file"),
         (["--csv", "bad.csv"], "no column 'lr'"),
         (["--csv", "odd.csv"], "odd.csv, line 2: score=high: not a number"),
+        (["--csv", "text.csv"], "text.csv, line 2: seed=mean of 3: not a whole number"),
         (["--csv", "results.csv", "--baseline", "loraa"], "--baseline loraa: no run of it here"),
         (["--csv", "results.csv", "--margin", "-1"], "--margin -1.0: a positive number"),
         (["--wandb", "project"], "ENTITY/PROJECT"),
@@ -293,6 +294,7 @@ def test_bad_input_is_one_line(
     table(tmp_path)
     Path("bad.csv").write_text("variant,seed\nlora,1\n")
     Path("odd.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,0,t,high\n")
+    Path("text.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,mean of 3,t,1\n")
     assert main([*words, "--out", "report"]) == 1
     told = capsys.readouterr().err
     assert said in told

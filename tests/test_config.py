@@ -117,6 +117,9 @@ def test_learning_rate_is_carried_to_the_width() -> None:
     assert learning_rate(settings("variant=dora"), 1024)[0] == pytest.approx(2e-4 * 4**0.781)
     assert learning_rate(settings("optim.width_exponent=0"), 64)[0] == 2e-4
     assert learning_rate(settings("optim.lr=0.5"), 64) == (0.5, "optim.lr")
+    assert learning_rate(settings("variant=fourierft"), 64)[0] == 5e-2  # not carried
+    carried = learning_rate(settings("variant=fourierft", "optim.width_exponent=1"), 64)[0]
+    assert carried == pytest.approx(5e-2 * 64)
 
 
 def test_schedules() -> None:

@@ -91,4 +91,5 @@ preset(
     alpha="300r",
     lr=5e-2,
     lr_origin="the official Instruction_Tuning/llama-2-7b.sh, n = 1000, scale 300",
+    width_exponent=0.0,  # its own effect already grows as 1 / (m n) where layers are narrow
 )
