@@ -14,6 +14,7 @@ and an adapter's sum is short.
 What is small and must not hang (flags, rows, numbers) goes through gloo, with a time-out.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -271,6 +272,8 @@ def joined() -> Iterator[Several]:
     finally:
         if dist.is_initialized():  # else its threads may outlive the interpreter, which aborts
             dist.destroy_process_group()
+            gc.unfreeze()  # a model in shards lies in cycles, which hold the group and so its threads
+            gc.collect()
 
 
 def _lost(error: Exception) -> Exception:
