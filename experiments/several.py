@@ -272,7 +272,7 @@ def joined() -> Iterator[Several]:
     finally:
         if dist.is_initialized():  # else its threads may outlive the interpreter, which aborts
             dist.destroy_process_group()
-            gc.unfreeze()  # a model in shards lies in cycles, which hold the group and so its threads
+            gc.unfreeze()  # a model in shards lies in cycles, which hold its threads
             gc.collect()
 
 

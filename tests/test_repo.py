@@ -122,7 +122,7 @@ def test_variant_files_are_short() -> None:
     for file in (ROOT / "variants").glob("[!_]*.py"):
         tree = ast.parse(file.read_text())
         doc = len((ast.get_docstring(tree) or "").splitlines())
-        assert len(file.read_text().splitlines()) - doc < 190, file.name
+        assert len(file.read_text().splitlines()) - doc < 200, file.name
 
 
 @pytest.mark.parametrize(
