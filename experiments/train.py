@@ -75,7 +75,7 @@ class Trainer:
         self.step, self.seconds, self.eval_s = 0, 0.0, 0.0
         self.window = [0.0, 0.0, 0]  # summed loss and penalty, and steps, since the last row
         self.tokens = {"seen": 0, "trained": 0}
-        self.measured: dict[str, float] = {}
+        self.measured: dict[str, Any] = {}
         self.durations: list[float] = []
         resumed = self._resume()
         after = self.step if resumed else None
@@ -207,7 +207,7 @@ class Trainer:
                 found[f"mean_{key}"] = area / (points[-1][0] - points[0][0])
         return found
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self) -> dict[str, float | None]:
         """What the first batch keeps for backward and takes at most, its FLOPs; changes nothing.
 
         Of several processes each measures its part; the first one's counts.
