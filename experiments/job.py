@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import json
 import math
 import os
 import resource
@@ -273,10 +274,10 @@ def _tags(prepared: Prepared) -> list[str]:
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What W&B shows of a finished run."""
+    """What W&B shows of a finished run, and `result`: result.json, for analysis.compare --wandb."""
     scores = {f"{when}/{k}": v for when in ("base", "tuned")
               for k, v in result["metrics"][when].items()}  # fmt: skip
-    return scores | {"status": result["status"]}
+    return scores | {"status": result["status"], "result": json.dumps(result)}
 
 
 def pick_device(name: str) -> torch.device:

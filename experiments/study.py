@@ -386,7 +386,7 @@ class Study:
             print(f"less than the protocol: {line}")
 
     def _departures(self, arms: Sequence[Arm]) -> list[str]:
-        """Where the study does less than a comparison should (docs/sweeps.md)."""
+        """Where the study does less than a comparison should (docs/sweeps.md, Studies)."""
         spec, tuning, said = self.spec, self.spec.tuning, []
         there = (*spec.anchors, *spec.variants)
         lacking = [line for line in _defaults().anchors if line not in there]

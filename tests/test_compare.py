@@ -302,6 +302,30 @@ def test_bad_input_is_one_line(
     assert not Path("report").exists()
 
 
+def test_a_wandb_project_is_read_as_the_tracker_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against W&B's API with its answers put in; `job.summary` is what a finished run sends."""
+    from types import SimpleNamespace
+
+    import wandb
+    from test_run import lab
+
+    from experiments.job import summary
+
+    lab("variant=lora", "rank=2", "train.steps=2", "eval.limit=4", "track.mode=disabled",
+        out=tmp_path)  # fmt: skip
+    (folder,) = (tmp_path / "single").glob("*")
+    result = json.loads((folder / "result.json").read_text())
+    runs = [SimpleNamespace(name="one", summary=summary(result)),
+            SimpleNamespace(name="two", summary={"loss": 1.0})]  # fmt: skip
+    monkeypatch.setattr(wandb, "Api", lambda **_: SimpleNamespace(runs=lambda project: runs))
+    (row,) = load.wandb("who/what").to_dict("records")
+    (own,) = load.runs([tmp_path])[0].to_dict("records")
+    for key in ("variant", "rank", "lr", "seed", "score", "loss", "model_hash", "data_hash"):
+        assert row[key] == own[key], key
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report over a csv."""
