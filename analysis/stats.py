@@ -254,7 +254,12 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
     return high
 
 
-def seeds_needed(size: float, sd: float, tasks: int, level: float, most: int = 200) -> int | None:
+MOST_SEEDS = 200  # of a task: no one plans more
+
+
+def seeds_needed(
+    size: float, sd: float, tasks: int, level: float, most: int = MOST_SEEDS
+) -> int | None:
     """Seeds a task, so that an effect of `size` is found with a power of .8; None: over `most`.
 
     >>> seeds_needed(1.0, 0.5, 1, 0.05), seeds_needed(1.0, 0.0, 1, 0.05)

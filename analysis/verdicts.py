@@ -475,13 +475,16 @@ def _decided(
     target = row.margin or abs(effect)
     needed = stats.seeds_needed(target, sd, tasks, level)
     if row.unreachable:
-        needed = max(needed or 0, -(-stats.blocks_needed(level) // tasks))
         least = stats.least_p(row.n)
         reason = f"unreachable: {row.n} paired blocks cannot go below p = {least:.3g}"
     else:
         reason = f"an effect under {row.detectable:.3g} is not found by {row.n} blocks"
     if needed:
         reason += f"; {needed} seeds a task would find {target:.3g}"
+    elif sd > 0:
+        reason += f"; not even {stats.MOST_SEEDS} seeds a task would find {target:.3g}"
+    elif row.unreachable:  # one block: its spread is not known
+        reason += f"; {-(-stats.blocks_needed(level) // tasks)} seeds a task are the least"
     return replace(row, verdict="inconclusive", reason=reason, seeds_needed=needed)
 
 
