@@ -132,6 +132,12 @@ def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
     assert row.unreachable
     assert row.seeds_needed == 6
     assert "0.0625" in row.reason
+    assert "6 seeds a task would find" in row.reason
+    noisy = [f"lora,1e-4,{s},t,{50 + 40 * (s % 2)}" for s in range(5)]
+    file.write_text("\n".join([lines[0], *noisy, *lines[6:]]))
+    row = judged(file)["x"]
+    assert row.seeds_needed is None
+    assert "not even 200 seeds" in row.reason
 
 
 @pytest.mark.parametrize(
