@@ -75,6 +75,13 @@ def alone(cfg: DictConfig, members: Team) -> None:
     settings = members.together(lambda: settings_of(cfg))
     from .job import prepare, run
     from .screen import Screen
+    from .study import names
+
+    if settings.study in names():
+        raise BadInput(
+            f"study={settings.study}: a study is started with -m; the folder of a single run takes "
+            f"another name"
+        )
 
     screen = Screen(quiet=members.rank > 0)
     prepared = members.together(lambda: prepare(settings))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_run import lab
 
 from experiments import study
 from experiments.study import FRESH, Arm, Spec, Study, Tuning, grid, rate
@@ -168,3 +169,9 @@ def test_a_ledger_says_where_it_falls_short(tmp_path: Path) -> None:
     anchors = list(study._defaults().anchors)
     whole = Spec("Which?", "paper", list(OPTIMA), anchors, ranks=[4], confirm=9)
     assert Study(found.work, "mine", whole, [])._departures(arms[:1]) == []
+
+
+def test_a_study_without_m_is_no_single_run_in_its_folder(tmp_path: Path) -> None:
+    said = lab("study=smoke", out=tmp_path / "runs", code=1)
+    assert "study=smoke: a study is started with -m" in said.stderr
+    assert not (tmp_path / "runs").exists()
