@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import debug
 
 from variants import Adapter, Incompatible
 from variants._api import Stored
@@ -272,8 +273,15 @@ def joined() -> Iterator[Several]:
     finally:
         if dist.is_initialized():  # else its threads may outlive the interpreter, which aborts
             dist.destroy_process_group()
-            gc.unfreeze()  # a model in shards lies in cycles, which hold its threads
-            gc.collect()
+            _let_go()
+
+
+def _let_go() -> None:
+    """Drops what would hold the group, and so its threads, for longer than the interpreter: a model
+    in shards lies in cycles, and DTensor's caches keep its mesh."""
+    gc.unfreeze()
+    gc.collect()
+    getattr(debug, "_clear_sharding_prop_cache", lambda: None)()  # of torch 2.13
 
 
 def _lost(error: Exception) -> Exception:

@@ -7,9 +7,11 @@ and after it was spread over all, is said too.
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
 from experiments import attempt, config, parallel
@@ -25,10 +27,13 @@ def held(model: Any) -> int:
 
 def main() -> None:
     config.register()
+    groups = []
     with (
         initialize_config_dir(str(ROOT / "conf"), version_base="1.3"),
         parallel.team() as members,
     ):
+        if members.size > 1:
+            groups.append(weakref.ref(dist.group.WORLD))
         spread = members.spread
 
         def noted(adapter: Any, device: Any) -> None:
@@ -44,6 +49,7 @@ def main() -> None:
             except (*attempt.EXPECTED, SystemExit) as error:
                 if members.rank == 0:
                     print(f"refused: {words[0]}: {attempt.one_line(error)}", flush=True)
+    assert not any(group() for group in groups), "its threads would outlive the interpreter"
 
 
 if __name__ == "__main__":
