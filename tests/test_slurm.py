@@ -95,8 +95,7 @@ def test_a_multirun_is_one_array(tmp_path: Path) -> None:
 
 
 def test_a_job_killed_hard_costs_its_own_run(tmp_path: Path) -> None:
-    """SIGKILL to a worker, and Slurm then ends its step. The others end; the run is made after all,
-    from its checkpoint where that was whole by then."""
+    """SIGKILL to Slurm's whole step: worker, server and run. The others end; the run goes on."""
     driver = sweep(tmp_path, "variant=lora", "seed=0,1,2", *LONG)
     killed = within(120, lambda: training(tmp_path))
     pids = [int(word) for word in (killed / "lock").read_text().split() if word.isdigit()]
@@ -113,7 +112,7 @@ def test_a_job_killed_hard_costs_its_own_run(tmp_path: Path) -> None:
         said = ended(driver)
     assert driver.returncode == 0, said
     assert len(done(tmp_path)) == 3
-    assert json.loads((killed / "result.json").read_text())["status"] == "done"
+    assert "from step" in log(killed) or "resum" in log(killed)
 
 
 def worker(pid: int) -> int | None:
