@@ -73,11 +73,18 @@ def within(seconds: float, look: Callable[[], Any]) -> Any:
 
 
 def training(tmp_path: Path) -> Path | None:
-    """A run that has a checkpoint and no result."""
+    """A run without a result that has its second checkpoint behind it, and so a whole one."""
     for folder in folders(tmp_path):
-        if list((folder / "checkpoint").glob("*")) and folder not in done(tmp_path):
+        rows = folder / "metrics.jsonl"
+        steps = [json.loads(line)["step"] for line in whole(rows)] if rows.is_file() else []
+        if max(steps, default=0) > 200 and folder not in done(tmp_path):
             return folder
     return None
+
+
+def whole(file: Path) -> list[str]:
+    """Its lines, but for one that is being written."""
+    return file.read_text().rpartition("\n")[0].splitlines()
 
 
 def log(folder: Path) -> str:
