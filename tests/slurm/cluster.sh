@@ -112,10 +112,10 @@ start() {
     slurmdbd
     within 30 sacctmgr -n list cluster
     sacctmgr -n list cluster | grep -qw lora || sacctmgr -i add cluster lora > /dev/null
-    slurmctld
+    slurmctld -c # forgets: a node drained after a kill would stay so
     within 30 scontrol ping
     slurmd
-    within 60 srun -n1 true
+    within 60 timeout 10 srun -n1 true
     sinfo
 }
 
