@@ -98,29 +98,22 @@ BUGS = [
         "b without its sign",
     ),
     Bug(
-        "vera",
+        "dvora",
         'return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms}',
         'return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms.square()}',
         "DVoRA's magnitude starts at the squared norms",
     ),
     Bug(
-        "vera",
+        "dvora",
         "detach_norm: bool = True",
         "detach_norm: bool = False",
         "DVoRA's gradient runs through the norm",
     ),
     Bug(
         "vera",
-        '        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"\n\n'
-        "    def rank_of(self, m: int, n: int, r: int, where: str) -> int:\n        return r\n\n"
-        "    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:\n"
-        "        A, B = factors(p, *W0.shape)\n        return W0 + B @ A",
-        '        return f"{m}x{n}-r{r}"\n\n'
-        "    def rank_of(self, m: int, n: int, r: int, where: str) -> int:\n        return r\n\n"
-        "    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:\n"
-        "        A, B = factors(p, *W0.shape)\n        return W0 + B @ A",
+        'return f"r{r}" if share == "largest" else f"{m}x{n}-r{r}"',
+        'return f"{m}x{n}-r{r}"',
         "share=largest gives each shape a pair of its own",
-        "vera",
     ),
     Bug(
         "tied_lora",
@@ -366,11 +359,10 @@ BUGS = [
         "the wrong one of two factors is zero",
     ),
     Bug(
-        "lokr",
+        "krona",
         'return self.strength * torch.kron(p["A_k"], p["B_k"])',
         'return torch.kron(p["A_k"], p["B_k"])',
         "KronA's strength left out of W",
-        "krona",
     ),
     Bug(
         "mora",
@@ -618,16 +610,18 @@ BUGS = [
         "a square for the cubic",
     ),
     Bug(
-        "adalora",
-        "torch._foreach_mul_(mean, self.beta1)",
-        "torch._foreach_mul_(mean, 1 - self.beta1)",
+        "triplet",
+        "torch._foreach_lerp_(mean, now, 1 - beta1)",
+        "torch._foreach_lerp_(mean, now, beta1)",
         "the moving average's betas swapped",
+        "adalora; increlora",
     ),
     Bug(
-        "adalora",
-        "torch._foreach_abs(torch._foreach_sub(sensitivity, mean))",
-        "torch._foreach_sub(sensitivity, mean)",
+        "triplet",
+        "torch._foreach_abs(torch._foreach_sub(now, mean))",
+        "torch._foreach_sub(now, mean)",
         "uncertainty with its sign",
+        "adalora; increlora",
     ),
     Bug(
         "adalora",
@@ -643,8 +637,8 @@ BUGS = [
     ),
     Bug(
         "adalora",
-        "torch.linalg.matrix_norm(Q @ Q.mT - one)",
-        "torch.linalg.matrix_norm(Q @ Q.mT - one) ** 2",
+        "torch.stack([off.norm() for off in terms])",
+        "torch.stack([off.square().sum() for off in terms])",
         "the penalty squared",
     ),
     Bug(
@@ -667,16 +661,18 @@ BUGS = [
         "importance is measured in the warm-up alone",
     ),
     Bug(
-        "adalora",
+        "triplet",
         "(0.02 * torch.randn(*shape, generator=generator)",
         "(torch.randn(*shape, generator=generator)",
         "P and Q with unit deviation",
+        "adalora",
     ),
     Bug(
-        "adalora",
+        "triplet",
         '"E": E, "Q": Vh @',
         '"E": E, "Q": Vh.mT @',
         "the small decomposition's V transposed",
+        "adalora",
     ),
     Bug(
         "kasa",
@@ -707,9 +703,9 @@ BUGS = [
     Bug("sora", '"g": g}', '"g": torch.ones_like(g)}', "gates start at 1"),
     Bug(
         "increlora",
-        "mean.lerp_(score, 1 - self.beta1)",
-        "mean.lerp_(score, self.beta1)",
-        "the moving average's betas swapped",
+        "[score], self.beta1, self.beta2)",
+        "[score], self.beta2, 1 - self.beta1)",
+        "the moving averages' rates mixed up",
     ),
     Bug(
         "increlora",
@@ -724,13 +720,14 @@ BUGS = [
         "grows one round too early",
     ),
     Bug(
-        "increlora",
-        "(score - mean).abs(), 1 - self.beta2",
-        "score - mean, 1 - self.beta2",
-        "uncertainty with its sign",
+        "triplet",
+        "return [P.mT @ P - one, Q @ Q.mT - one]",
+        "return [P.mT @ P - one, P.mT @ P - one]",
+        "the penalty looks at P twice",
+        "adalora; increlora",
     ),
     Bug(
-        "_triplets",
+        "increments",
         "t.norm()[None] if angles",
         "t.norm().square()[None] if angles",
         "the penalty squared",
@@ -743,21 +740,21 @@ BUGS = [
         "a reserve whose E is zero: its P and Q learn nothing",
     ),
     Bug(
-        "_triplets",
+        "increments",
         '(s / p["share"])',
         "s",
         "the scale does not follow the triplets in use",
         "increlora",
     ),
     Bug(
-        "_triplets",
+        "increments",
         "size, kept = D.detach() / math.sqrt(D.numel()), scores",
         "size, kept = 1 / math.sqrt(D.numel()), scores",
         "the score lacks the change itself",
         "increlora",
     ),
     Bug(
-        "_triplets",
+        "increments",
         'seen[f"E{j}"].detach() for',
         'seen[f"E{j}"] for',
         "a reserve's E learns in advance",
@@ -1802,8 +1799,8 @@ BUGS = [
     Bug("corda", "C.diag().mean()", "C.mean()", "the mean of all of C for its diagonal's"),
     Bug(
         "adalora",
-        "self.orthogonality * torch.stack(terms).mean()",
-        "self.orthogonality * torch.stack(terms).sum()",
+        "for off in terms]).mean()",
+        "for off in terms]).sum()",
         "the penalty's sum for its mean",
     ),
     Bug(
@@ -1940,7 +1937,7 @@ BUGS = [
         "relora; increlora",
     ),
     Bug(
-        "_triplets",
+        "increments",
         'round(layer.params["share"].item() * layer.rank)',
         'int(layer.params["share"].item() * layer.rank)',
         "a share of fp32 is cut, not rounded",

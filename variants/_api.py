@@ -326,6 +326,15 @@ class Allocation(Measuring):
         return {name: layer.rank for name, layer in layers.items()}
 
 
+def in_steps(t: float, steps: int) -> int:
+    """A time of a schedule: below 1 a fraction of the run, else steps.
+
+    >>> in_steps(0.1, 200), in_steps(50.0, 200)
+    (20, 50)
+    """
+    return round(t * steps) if t < 1 else int(t)
+
+
 class Update(Part):
     """Which tensors learn, how fast, with which gradient?"""
 

@@ -17,15 +17,12 @@ Times below 1 are fractions of the run, others are steps. The budget of the offi
 >>> [rule.budget(t, 85900, 3 * 72, 72)[0] for t in (8000, 8001, 20000, 35900, 85900)]
 [216, 215, 98, 72, 72]
 
-Masks come every 100 steps; P and Q start small:
+Masks come every 100 steps:
 
 >>> [rule.budget(t, 85900, 3 * 72, 72)[1] for t in (8001, 8100, 8101, 35899, 35901)]
 [False, True, False, False, True]
 >>> AdaLoRABudget(warmup=1, final=5, every=1).budget(20, 20, 12, 4)  # two thirds
 (8, True)
->>> p = Triplet().start(torch.zeros(90, 60), 30, 1.0, torch.Generator().manual_seed(0))
->>> [round(p[k].std().item(), 3) for k in "PEQ"]
-[0.02, 0.0, 0.02]
 
 Of three triplets, the second has the least importance, 2^2 + 2^2 by its P and Q to 3^2 and 4^2 by
 E; averages keep 0.85 of what they were:
@@ -72,39 +69,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._api import Allocation, LowRank, Scale, Tensors
+from ._api import Allocation, Scale, in_steps
 from ._layer import Adapted
 from ._registry import Incompatible, preset
+from .triplet import Triplet, averaged, off_orthogonal
 
 if TYPE_CHECKING:
     from ._adapter import Choice
-
-
-@dataclass(frozen=True)
-class Triplet(LowRank, name="triplet"):
-    """W0 + s P diag(E) Q: a singular value decomposition held together by a penalty."""
-
-    rank_means = "r, the initial number of triplets of every matrix; the budget then falls"
-    parameters = "r*(m + n + 1)"
-
-    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"P": (m, r), "E": (r,), "Q": (r, n)}
-
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        m, n = W0.shape
-        P, Q = (0.02 * torch.randn(*shape, generator=generator) for shape in ((m, r), (r, n)))
-        return {"P": P.to(W0), "E": W0.new_zeros(r), "Q": Q.to(W0)}
-
-    def embed(self, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensors:
-        left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-        U, E, Vh = torch.linalg.svd(left.R @ right.R.mT)
-        return {"P": left.Q @ U, "E": E, "Q": Vh @ right.Q.mT}
-
-    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        return W0 + s * (p["P"] * p["E"]) @ p["Q"]
-
-    def factors(self, p: Tensors) -> tuple[Tensor, Tensor]:
-        return p["Q"], p["P"] * p["E"]
 
 
 @dataclass(frozen=True)
@@ -151,9 +122,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
 
     def times(self, steps: int) -> tuple[int, int, int]:
         """(end of warm-up, length of the final phase, interval) in steps."""
-        warmup, final, every = (
-            round(t * steps) if t < 1 else int(t) for t in (self.warmup, self.final, self.every)
-        )
+        warmup, final, every = (in_steps(t, steps) for t in (self.warmup, self.final, self.every))
         if warmup + final >= steps or final + 1 >= steps:
             raise Incompatible(
                 f"allocation adalora: warmup={warmup} and final={final} steps leave nothing of "
@@ -165,15 +134,9 @@ class AdaLoRABudget(Allocation, name="adalora"):
         """(triplets allowed after `step`, whether to mask now), of `start` in all."""
         warmup, final, every = self.times(steps)
         target = round(self.target_rank * matrices) if self.target_rank else round(start * 2 / 3)
-        if target < 1:
-            raise Incompatible(
-                f"allocation adalora: target_rank={self.target_rank} leaves no triplet at all"
-            )
-        if target > start:
-            raise Incompatible(
-                f"allocation adalora: target_rank={self.target_rank} asks for {target} triplets, "
-                f"the initial rank gives {start}"
-            )
+        if not 1 <= target <= start:
+            raise Incompatible(f"allocation adalora: target_rank={self.target_rank} leaves "
+                               f"{target or 'no'} triplets; the initial rank gives {start}")  # fmt: skip
         if step <= warmup:
             return start, False
         if step > steps - final:
@@ -190,13 +153,9 @@ class AdaLoRABudget(Allocation, name="adalora"):
                 "uncertainty": [t.clone() for t in zeros]}  # fmt: skip
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
-        terms = []
-        for layer in layers.values():
-            P, Q = layer.params["P"], layer.params["Q"]
-            one = torch.eye(layer.rank, dtype=P.dtype, device=P.device)
-            terms += [torch.linalg.matrix_norm(P.mT @ P - one),
-                      torch.linalg.matrix_norm(Q @ Q.mT - one)]  # fmt: skip
-        return self.orthogonality * torch.stack(terms).mean()
+        terms = [off for layer in layers.values()
+                 for off in off_orthogonal(layer.params["P"], layer.params["Q"])]  # fmt: skip
+        return self.orthogonality * torch.stack([off.norm() for off in terms]).mean()
 
     @torch.no_grad()
     def after_step(
@@ -207,19 +166,13 @@ class AdaLoRABudget(Allocation, name="adalora"):
             tensors = _tensors(layers)
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
             sensitivity = torch._foreach_abs(torch._foreach_mul(tensors, grads))
-            torch._foreach_mul_(mean, self.beta1)
-            torch._foreach_add_(mean, sensitivity, alpha=1 - self.beta1)
-            spread = torch._foreach_abs(torch._foreach_sub(sensitivity, mean))
-            torch._foreach_mul_(uncertainty, self.beta2)
-            torch._foreach_add_(uncertainty, spread, alpha=1 - self.beta2)
+            averaged(mean, uncertainty, list(sensitivity), self.beta1, self.beta2)
         start = sum(layer.rank for layer in layers.values())
         state["budget"], mask = self.budget(step, steps, start, len(layers))
         if mask and state["budget"] < start:
             scores = torch._foreach_mul(mean, uncertainty)
-            importance = [
-                E + P.mean(0) + Q.mean(1)
-                for P, E, Q in zip(scores[::3], scores[1::3], scores[2::3], strict=True)
-            ]
+            triplets = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
+            importance = [E + P.mean(0) + Q.mean(1) for P, E, Q in triplets]
             threshold = torch.cat(importance).kthvalue(start - state["budget"]).values
             for (name, layer), score in zip(layers.items(), importance, strict=True):
                 masked = score <= threshold

@@ -84,7 +84,10 @@ class DoRA(LowRank, name="dora"):
         return m / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        A, B, s = layer.p["A"], layer.p["B"], layer.s
+        return self.product(x, layer, layer.p["A"], layer.p["B"], layer.s)
+
+    def product(self, x: Tensor, layer: Adapted, A: Tensor, B: Tensor, s: float) -> Tensor:
+        """c (W0 + s B A) x of any direction B A, such as VeRA's, under the layer's magnitude m."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = row_norms(layer, A, B, s)
         c = self._ratio(layer.p["m"], norm)

@@ -15,19 +15,9 @@ h does not divide what is missing; here a matrix has room for r, and the last ro
 than is missing. PEFT has no such allocation.
 
 Times below 1 are fractions of the run, others are steps. A new triplet gets its own Adam state, as
-each is a tensor by itself. The scale follows the triplets in use, the reserve counts for nothing:
+each is a tensor by itself.
 
->>> import torch
->>> p = {"P0": torch.ones(2, 1), "E0": torch.ones(1), "Q0": torch.ones(1, 3)}
->>> p |= {"P1": torch.ones(2, 1), "E1": torch.full((1,), 0.5), "Q1": torch.ones(1, 3)}
->>> def entry(used):                                                     # r = 2, alpha = 8
-...     share = {"share": torch.tensor(used / 2)}
-...     A, B = Increments().factors(p | share)
-...     W = Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)
-...     return W[0, 0].item(), (8 / 2 * B @ A)[0, 0].item()
->>> entry(1) == (8 / 1 * (1 + 0.5),) * 2, entry(2) == (8 / 2 * (1 + 0.5),) * 2
-(True, True)
->>> import variants
+>>> import torch, variants
 >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
 >>> layers = variants.attach(model, "increlora", rank=4, targets=["0", "1"]).layers
 >>> rule = Growth(target_rank=3.0, warmup=2.0, every=2.0, top=1)
@@ -86,50 +76,14 @@ import torch
 from torch import Tensor
 
 from . import _rewarm
-from ._api import Allocation, Form, Tensors
+from ._api import Allocation, in_steps
 from ._layer import Adapted
 from ._registry import Incompatible, preset
-from ._triplets import change, in_use, off_orthogonal, shown, triplets
+from .increments import Increments, in_use, off_orthogonal, shown
+from .triplet import averaged
 
 if TYPE_CHECKING:
     from ._adapter import Choice
-
-
-@dataclass(frozen=True)
-class Increments(Form, name="increlora"):
-    """Triplets one by one, `share` of their number in use."""
-
-    rank_means = "r, the most triplets that a matrix can get; it begins with few"
-    parameters = "r*(m + n + 1)"
-    constants = ("share",)
-
-    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {f"{k}{j}": shape for j in range(r)
-                for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
-
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        p = {k: W0.new_zeros(shape) if k[0] == "E"
-             else (0.02 * torch.randn(shape, generator=generator)).to(W0)
-             for k, shape in self.shapes(W0.shape[0], W0.shape[1], r).items()}  # fmt: skip
-        return {"share": W0.new_ones(()), **p}
-
-    def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
-        if "D" in p:
-            return None
-        P, E, Q = triplets(p)
-        return Q, P * (E / p["share"])
-
-    def acting_s(self, p: Tensors, s: float) -> float:
-        return s / p["share"].item()
-
-    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        return W0 + (p["D"] if "D" in p else change(p, s))
-
-    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        p = layer.p
-        if "D" in p:
-            return layer.frozen(x) + layer.dropout(x) @ p["D"].to(x.dtype).mT
-        return layer.frozen(x) + layer.low_rank(x, *self.factors(p))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -177,7 +131,7 @@ class Growth(Allocation, name="increlora"):
 
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         times = (self.warmup, self.until, self.every, self.restart)
-        warmup, until, every, restart = (round(t * steps) if t < 1 else int(t) for t in times)
+        warmup, until, every, restart = (in_steps(t, steps) for t in times)
         used = {n: in_use(la) or min(self.initial, la.rank) for n, la in layers.items()}
         start, room = sum(used.values()), sum(layer.rank for layer in layers.values())
         target = round(self.target_rank * len(layers)) if self.target_rank else room // 2
@@ -223,8 +177,7 @@ class Growth(Allocation, name="increlora"):
             mean, uncertainty, found = state["mean"], state["uncertainty"], state["score"]
             score = torch.stack([found.get(k, torch.zeros(1)).abs().sum().to(mean) for k in layers])
             found.clear()
-            mean.lerp_(score, 1 - self.beta1)
-            uncertainty.lerp_((score - mean).abs(), 1 - self.beta2)
+            averaged([mean], [uncertainty], [score], self.beta1, self.beta2)
             done = step - 1  # the official code asks before the optimizer's step
             if done > state["warmup"] and done % state["every"] == 0:
                 new = self._grow(layers, state, (mean * uncertainty).tolist())

@@ -1,6 +1,5 @@
 """LoKr: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
-(Yeh et al., ICLR 2024), arXiv:2309.14859; after KronA: Parameter Efficient Tuning with Kronecker
-Adapter (Edalati et al., 2022), arXiv:2212.10650.
+(Yeh et al., ICLR 2024), arXiv:2309.14859.
 
     W = W0 + s W1 (x) W2,    W2 = B2 A2,    s = alpha / r,    W1 uniform,  B2 uniform,  A2 = 0
 
@@ -12,9 +11,6 @@ bounds the smaller part by sqrt too where `factor` divides the side; the code, a
 The code's `get_diff_weight`, which merges, applies s twice. PEFT (rule `peft`) starts with W1 = 0
 and both parts of W2 uniform, and scales full factors by alpha / r as well; a `factor` that divides
 a side goes to W1 there even where it is the larger part.
-
-KronA is the form with both factors full and a constant s; no official code was found. Its split is
-that of LoKr, the nearest to square; the paper leaves it to the user. B_k = 0, A_k uniform.
 
 Blocks of the change are multiples of one matrix, so its rank is that of W1 times that of W2:
 
@@ -37,11 +33,6 @@ Both factors full: no scale. Where they start:
 [1.0, 0.5]
 >>> {k: bool(v.any()) for k, v in LoKr().start(W0, 8, 1.0, g).items()}
 {'W1': True, 'W2': False}
->>> {k: bool(v.any()) for k, v in KronA().start(W0, 0, 1.0, g).items()}
-{'A_k': True, 'B_k': False}
->>> full = {"A_k": torch.arange(64.0).view(8, 8), "B_k": torch.arange(192.0).view(16, 12)}
->>> KronA(strength=3.0).weight(W0, full, 1.0)[17, 13].item()  # of A_k[1, 1] and B_k[1, 1]
-351.0
 """
 
 import math
@@ -141,50 +132,6 @@ class LoKr(Form, name="lokr"):
         return r
 
 
-@dataclass(frozen=True)
-class KronA(Form, name="krona"):
-    """W0 + s A_k (x) B_k, both full."""
-
-    factor: int = -1
-    """the part of each side that goes to A_k, or the divisor next below; -1: nearest to square"""
-    strength: float = 1.0
-    """s, a constant that the paper tunes to each task"""
-
-    rank_means = None
-    parameters = (
-        "(lambda a, b: a*b + m*n//(a*b))"
-        "(*(lambda d: (d(d, m, math.isqrt(m)), d(d, n, math.isqrt(n))))"
-        "(lambda d, x, k: k if x % k == 0 else d(d, x, k - 1)))"
-    )
-    parameters_in_words = "a*b + m*n/(a*b); a, b: the smaller parts of m and n"
-    scaled = False
-
-    def __post_init__(self) -> None:
-        check_factor(self, self.factor)
-        object.__setattr__(self, "parameters", count("a*b + m*n//(a*b)", self.factor))
-
-    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        (m1, m2), (n1, n2) = split(m, self.factor), split(n, self.factor)
-        return {"A_k": (m1, n1), "B_k": (m2, n2)}
-
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        A, B = self.shapes(W0.shape[0], W0.shape[1], r).values()
-        return {"A_k": kaiming(A[0], A[1], W0, generator), "B_k": W0.new_zeros(B)}
-
-    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        return W0 + self.change(W0, p, s)
-
-    def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        return self.strength * torch.kron(p["A_k"], p["B_k"])
-
-    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        A, B = (layer.p[k].to(x.dtype) for k in ("A_k", "B_k"))
-        return layer.frozen(x) + self.strength * product(layer.dropout(x), A, [B])
-
-    def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        return r
-
-
 def check_factor(form: Form, factor: int) -> None:
     if factor == 0 or factor < -1:
         raise Incompatible(f"{form}: factor={factor}; a whole number from 1, or -1")
@@ -193,7 +140,8 @@ def check_factor(form: Form, factor: int) -> None:
 def count(total: str, factor: int) -> str:
     """`total` of a and b, the smaller parts of m and n, as a formula of m and n: `split` in it.
 
-    >>> count("a*b + m*n//(a*b)", -1) == KronA.parameters
+    >>> m, n, r, formula = 128, 96, 4, count("a*b + r*(m//a + n//b)", -1)
+    >>> eval(formula) == 8 * 8 + 4 * (16 + 12)
     True
     """
     part = "d(d, {0}, math.isqrt({0}))"
@@ -221,13 +169,4 @@ preset(
     alpha="r",
     lr=5e-4,
     lr_origin="the LyCORIS paper's default of three (1e-4, 5e-4, 1e-3), on Stable Diffusion",
-)
-preset(
-    "krona",
-    form="krona",
-    scale="none",
-    rank=None,
-    alpha=None,
-    lr=5e-4,
-    lr_origin="LoKr's, whose factors are of that size; the paper tunes it to each task",
 )

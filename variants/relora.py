@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from . import _rewarm
-from ._api import Allocation, kaiming
+from ._api import Allocation, in_steps, kaiming
 from ._factors import need_product, seed_of
 from ._layer import Adapted
 from ._registry import Incompatible, preset
@@ -78,8 +78,7 @@ class ReLoRA(Allocation, name="relora"):
             raise self.refuse(choice.update, "an update that leaves the base to it")
 
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
-        every, warmup = (round(t * steps) if t < 1 else int(t) for t in (self.every, self.warmup))
-        every = max(1, every)
+        every, warmup = max(1, in_steps(self.every, steps)), in_steps(self.warmup, steps)
         if every >= steps:
             raise Incompatible(
                 f"allocation relora: every={every} steps leaves no restart in a run of {steps}"

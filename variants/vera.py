@@ -1,5 +1,4 @@
-"""VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., ICLR 2024), arXiv:2310.11454;
-DVoRA is its direction under a magnitude of DoRA (Liu et al., ICML 2024, Table 5).
+"""VeRA: Vector-based Random Matrix Adaptation (Kopiczko et al., ICLR 2024), arXiv:2310.11454.
 
     W = W0 + diag(b) B diag(d) A,    b = 0,    d = 0.1,    A and B frozen, one pair for all layers
 
@@ -7,9 +6,8 @@ A and B are drawn by Kaiming's uniform rule from the seed and are not saved; eac
 vectors d [r] and b [m]. No alpha. The paper does not say what layers of different shapes share:
 here each shape has a pair; PEFT has one as large as the largest layer, of which each takes a corner
 (`share=largest`). The bound is sqrt(6 / fan-in), torch's default and PEFT's, sqrt(6) times that of
-LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. In DVoRA W = c (W0 + diag(b)
-B diag(d) A) with row norms m, the norm a constant in backward as in DoRA. No official repository
-was found.
+LoRA's A. The ranks of the paper (256, 1024) may exceed a small matrix. No official repository was
+found.
 
 b scales rows and d scales what lies between; A and B have the variance 2 / fan-in:
 
@@ -24,16 +22,10 @@ b scales rows and d scales what lies between; A and B have the variance 2 / fan-
 ...     print(round(pair[k].var().item() * fan_in, 1), round(pair[k].max().item() * fan_in**0.5, 2))
 2.0 2.45
 2.0 2.45
->>> {k: t.tolist() for k, t in DVoRA().start(3 * torch.eye(2), 1, 1.0, g).items()}
-{'d': [0.10000000149011612], 'b': [0.0, 0.0], 'm': [3.0, 3.0]}
 >>> VeRA().start(torch.eye(2), 1, 1.0, g)["d"].tolist()
 [0.10000000149011612]
 >>> [VeRA(share=rule).key(6, 8, 2) for rule in ("largest", "shape")]
 ['r2', '6x8-r2']
->>> p |= {"b": torch.ones(6, requires_grad=True), "m": torch.ones(6)}
->>> DVoRA().weight(torch.randn(6, 8, generator=g), p, 1.0).square().sum().backward()
->>> bool(p["b"].grad.norm() > 0.1)  # the gradient through the norm would take all of it away
-True
 """
 
 from dataclasses import dataclass
@@ -43,9 +35,7 @@ from torch import Tensor
 
 from ._api import Form, Tensors, kaiming
 from ._layer import Adapted
-from ._product import dropout, low_rank, rescaled
 from ._registry import Incompatible, preset
-from .dora import DoRA, row_norms
 
 
 def check_share(form: Form, share: str) -> None:
@@ -63,6 +53,11 @@ def draw(m: int, n: int, r: int, generator: torch.Generator, like: Tensor) -> Te
 def factors(p: Tensors, m: int, n: int) -> tuple[Tensor, Tensor]:
     """diag(d) A and diag(b) B, of a pair that may be larger than the layer."""
     return p["d"][:, None] * p["A"][:, :n], p["b"][:, None] * p["B"][:m]
+
+
+def pair_of(share: str, m: int, n: int, r: int) -> str:
+    """The name of the pair that a layer of this shape and rank uses."""
+    return f"r{r}" if share == "largest" else f"{m}x{n}-r{r}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class VeRA(Form, name="vera"):
         return draw(m, n, r, generator, like)
 
     def key(self, m: int, n: int, r: int) -> str:
-        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"
+        return pair_of(self.share, m, n, r)
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
         return r
@@ -111,65 +106,6 @@ class VeRA(Form, name="vera"):
         return layer.frozen(x) + layer.low_rank(x, A, B)
 
 
-@dataclass(frozen=True)
-class DVoRA(Form, name="dvora"):
-    """DoRA's magnitude on VeRA's direction."""
-
-    d_init: float = 0.1
-    """where d begins"""
-    share: str = "shape"
-    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
-    detach_norm: bool = True
-    """take ||V|| as a constant in backward"""
-
-    rank_means = "r, the number of shared random directions; it may exceed the matrix"
-    parameters = "2*m + r"
-    constants = ("A", "B")
-    shared = ("A", "B")
-    redrawn = ("A", "B")
-    scaled = False
-    rank_is_bounded = False
-
-    def __post_init__(self) -> None:
-        check_share(self, self.share)
-
-    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"d": (r,), "b": (m,), "m": (m,)}
-
-    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
-        norms = torch.linalg.vector_norm(W0, dim=1)
-        d = W0.new_full((r,), self.d_init)
-        return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms}
-
-    def start_shared(
-        self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
-    ) -> Tensors:
-        return draw(m, n, r, generator, like)
-
-    def key(self, m: int, n: int, r: int) -> str:
-        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"
-
-    def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        return r
-
-    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
-        A, B = factors(p, *W0.shape)
-        return DoRA(self.detach_norm).weight(W0, {"A": A, "B": B, "m": p["m"]}, 1.0)
-
-    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        A, B = factors(layer.p, layer.out_features, layer.in_features)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
-            norm = row_norms(layer, A, B, 1.0)
-        c = layer.p["m"] / norm
-        share, seed = layer.draw_dropout()
-        base = layer.frozen.stored.product(dropout(x, share, seed))
-        moved = rescaled(base + low_rank(x, A, B, 1.0, share, seed), c)
-        if layer.drops:  # W0 x + (W - W0) dropout(x)
-            return layer.frozen.stored.product(x, layer.bias_like(x)) + (moved - base)
-        bias = layer.bias_like(x)
-        return moved if bias is None else moved + bias
-
-
 preset(
     "vera",
     form="vera",
@@ -178,13 +114,4 @@ preset(
     alpha=None,
     lr=4e-3,
     lr_origin="the paper's Table 9, instruction tuning of Llama-2-7B at rank 1024",
-)
-preset(
-    "dvora",
-    form="dvora",
-    scale="none",
-    rank=1024,
-    alpha=None,
-    lr=4e-3,
-    lr_origin="VeRA's, whose tensors it trains",
 )

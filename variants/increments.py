@@ -1,6 +1,23 @@
-"""Triplets P_j [m, 1], E_j [1], Q_j [1, n] as tensors of their own, and what training sees of them.
+"""The form of IncreLoRA (Zhang et al., 2023), arXiv:2308.12043: triplets that come one by one.
 
-A part of them is in use, `share` of their number; those after them are learned in advance.
+    W = W0 + (alpha / k) sum over j <= k + h of E_j P_j Q_j,    P, Q ~ N(0, 0.02^2),    E = 0
+
+P_j [m, 1], E_j [1] and Q_j [1, n] are tensors of their own. A part of them is in use, `share` of
+their number; those after them are learned in advance. Official code: FeiyuZhang98/IncreLoRA,
+loralib/loralib/increlora.py (`SVDLinear`).
+
+The scale follows the triplets in use, the reserve counts for nothing:
+
+>>> import torch
+>>> p = {"P0": torch.ones(2, 1), "E0": torch.ones(1), "Q0": torch.ones(1, 3)}
+>>> p |= {"P1": torch.ones(2, 1), "E1": torch.full((1,), 0.5), "Q1": torch.ones(1, 3)}
+>>> def entry(used):                                                     # r = 2, alpha = 8
+...     share = {"share": torch.tensor(used / 2)}
+...     A, B = Increments().factors(p | share)
+...     W = Increments().weight(torch.zeros(2, 3), p | share, s=8 / 2)
+...     return W[0, 0].item(), (8 / 2 * B @ A)[0, 0].item()
+>>> entry(1) == (8 / 1 * (1 + 0.5),) * 2, entry(2) == (8 / 2 * (1 + 0.5),) * 2
+(True, True)
 
 Of three triplets two are seen, of which the second is learned in advance; the score is |D dL/dD|:
 
@@ -31,12 +48,51 @@ Of three triplets two are seen, of which the second is learned in advance; the s
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._api import Tensors
+from . import triplet
+from ._api import Form, Tensors
 from ._layer import Adapted
+
+
+@dataclass(frozen=True)
+class Increments(Form, name="increlora"):
+    """Triplets one by one, `share` of their number in use."""
+
+    rank_means = "r, the most triplets that a matrix can get; it begins with few"
+    parameters = "r*(m + n + 1)"
+    constants = ("share",)
+
+    def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
+        return {f"{k}{j}": shape for j in range(r)
+                for k, shape in (("P", (m, 1)), ("E", (1,)), ("Q", (1, n)))}  # fmt: skip
+
+    def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
+        p = {k: W0.new_zeros(shape) if k[0] == "E"
+             else (0.02 * torch.randn(shape, generator=generator)).to(W0)
+             for k, shape in self.shapes(W0.shape[0], W0.shape[1], r).items()}  # fmt: skip
+        return {"share": W0.new_ones(()), **p}
+
+    def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
+        if "D" in p:
+            return None
+        P, E, Q = triplets(p)
+        return Q, P * (E / p["share"])
+
+    def acting_s(self, p: Tensors, s: float) -> float:
+        return s / p["share"].item()
+
+    def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
+        return W0 + (p["D"] if "D" in p else change(p, s))
+
+    def forward(self, x: Tensor, layer: Adapted) -> Tensor:
+        p = layer.p
+        if "D" in p:
+            return layer.frozen(x) + layer.dropout(x) @ p["D"].to(x.dtype).mT
+        return layer.frozen(x) + layer.low_rank(x, *self.factors(p))  # type: ignore[misc]
 
 
 def triplets(p: Tensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +133,8 @@ def shown(
 
 def off_orthogonal(p: Tensors, angles: bool) -> list[Tensor]:
     """||P^T P - I||_F and ||Q Q^T - I||_F; without angles, |P_j^T P_j - 1| and |Q_j Q_j^T - 1|."""
-    P, E, Q = triplets(p)
-    one = torch.eye(len(E), dtype=E.dtype, device=E.device)
-    off = P.mT @ P - one, Q @ Q.mT - one
+    P, _, Q = triplets(p)
+    off = triplet.off_orthogonal(P, Q)
     return [t.norm()[None] if angles else t.diagonal().abs() for t in off]
 
 
