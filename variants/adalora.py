@@ -135,8 +135,10 @@ class AdaLoRABudget(Allocation, name="adalora"):
         warmup, final, every = self.times(steps)
         target = round(self.target_rank * matrices) if self.target_rank else round(start * 2 / 3)
         if not 1 <= target <= start:
-            raise Incompatible(f"allocation adalora: target_rank={self.target_rank} leaves "
-                               f"{target or 'no'} triplets; the initial rank gives {start}")  # fmt: skip
+            raise Incompatible(
+                f"allocation adalora: target_rank={self.target_rank} leaves {target or 'no'} "
+                f"triplets; the initial rank gives {start}"
+            )
         if step <= warmup:
             return start, False
         if step > steps - final:
