@@ -108,29 +108,19 @@ class Kernels(Blocks):
         return stored
 
     def dense(self) -> Tensor:
-        from bitsandbytes import functional
+        import bitsandbytes  # noqa: F401  (its functions are torch's from here on)
 
         whole = self.shape[1] % self.group == 0 and self.group < 2048
         if self.packed.device.type == "cpu" and not whole:
             out = torch.empty(self.shape, dtype=self.dtype)
             super().decode_into(out)
             return out
-        state = functional.QuantState(
-            absmax=self.absmax.view(torch.float32),
-            shape=torch.Size(self.shape),
-            code=None,
-            blocksize=self.group,
-            quant_type=table_names()[self.table],
-            dtype=self.dtype if self.dtype in DTYPES.values() else torch.float32,
+        dtype = self.dtype if self.dtype in DTYPES.values() else torch.float32
+        codes, kind, shape = self.packed[:, None], table_names()[self.table], list(self.shape)
+        W = torch.ops.bitsandbytes.dequantize_4bit(
+            codes, self.scales, self.group, kind, shape, dtype
         )
-        if self.nested is not None and self.offset is not None:
-            code = torch.tensor(dynamic_map(), device=self.packed.device)
-            state.state2 = functional.QuantState(
-                absmax=state.absmax, code=code, blocksize=NESTED, dtype=torch.float32
-            )
-            state.absmax, state.offset = self.nested, self.offset.view(torch.float32)
-            state.nested = True
-        return functional.dequantize_4bit(self.packed[:, None], state).to(self.dtype)
+        return W.to(self.dtype)
 
     decoded = Stored.decoded  # on a CPU bitsandbytes writes to memory of its own alone
 

@@ -34,19 +34,24 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, decoded: Decoded, bias: Tensor | None, back: bool) -> Tensor:
         ctx.decoded, ctx.back, ctx.bias = decoded, back, bias if bias is None else bias.dtype
-        with decoded(x.dtype) as W:
-            if back:
-                return x @ W
-            return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+        return _times(x, decoded, bias, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         g, gx, gb = grads[0], None, None
         if ctx.needs_input_grad[0]:
-            gx = _Frozen.apply(g, ctx.decoded, None, not ctx.back)
+            times = _Frozen.apply if torch.is_grad_enabled() else _times
+            gx = times(g, ctx.decoded, None, not ctx.back)
         if ctx.needs_input_grad[2]:
             gb = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias)
         return gx, None, gb, None  # type: ignore[return-value]
+
+
+def _times(x: Tensor, decoded: Decoded, bias: Tensor | None, back: bool) -> Tensor:
+    with decoded(x.dtype) as W:
+        if back:
+            return x @ W
+        return F.linear(x, W, None if bias is None else bias.to(x.dtype))
 
 
 def frozen_product(x: Tensor, decoded: Decoded, bias: Tensor | None) -> Tensor:
