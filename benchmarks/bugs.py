@@ -656,8 +656,8 @@ BUGS = [
     ),
     Bug(
         "adalora",
-        "if step < steps - self.times(steps)[1]:",
-        "if step < self.times(steps)[0]:",
+        "if done < steps - self.times(steps)[1]:",
+        "if done < self.times(steps)[0]:",
         "importance is measured in the warm-up alone",
     ),
     Bug(

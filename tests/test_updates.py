@@ -186,7 +186,7 @@ def test_lora_plus_equals_peft(dora: bool) -> None:
 
 def test_lora_fa_trains_b_alone() -> None:
     """Against Adam by hand on B; A keeps its bits."""
-    adapter, _ = fresh("lora_fa")
+    adapter, _ = fresh("lora_fa", update={"name": "lora_fa", "projected": False})
     A, B, s = start(adapter)
     found, adam = run(adapter), Adam()
     for lr in rates():

@@ -38,13 +38,13 @@ E; averages keep 0.85 of what they were:
 ...     _ = p[k].data.fill_(2.0)
 ...     p[k].grad = torch.zeros_like(p[k])
 >>> p["P"].grad[:, 1], p["Q"].grad[1] = 1.0, -1.0
->>> _ = rule.after_step(layers, state, 14)
+>>> _ = rule.after_step(layers, state, 15)
 >>> p["E"].tolist(), rule.ranks(layers, state)
 ([3.0, 0.0, 4.0], {'0': 2})
 >>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
 [0.45, 0.3825]
 >>> p["E"].grad = torch.zeros(3)
->>> _ = rule.after_step(layers, state, 2)
+>>> _ = rule.after_step(layers, state, 3)
 >>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
 [0.3825, 0.3825]
 >>> _ = p["P"].data.zero_(), p["Q"].data.zero_()
@@ -58,7 +58,7 @@ A sign does not matter to what is in use; where the target is all there is, noth
 {'0': 2}
 >>> rule = AdaLoRABudget(target_rank=3, warmup=1, final=5, every=1)
 >>> state = rule.begin(layers, 20)
->>> rule.after_step(layers, state, 16), p["E"].tolist()
+>>> rule.after_step(layers, state, 17), p["E"].tolist()
 ([], [-1.0, 0.0, 1.0])
 """
 
@@ -164,13 +164,14 @@ class AdaLoRABudget(Allocation, name="adalora"):
         self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
     ) -> list[Tensor]:
         steps, mean, uncertainty = state["steps"], state["mean"], state["uncertainty"]
-        if step < steps - self.times(steps)[1]:
+        done = step - 1  # the official scripts ask before they count the step
+        if done < steps - self.times(steps)[1]:
             tensors = _tensors(layers)
             grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
             sensitivity = torch._foreach_abs(torch._foreach_mul(tensors, grads))
             averaged(mean, uncertainty, list(sensitivity), self.beta1, self.beta2)
         start = sum(layer.rank for layer in layers.values())
-        state["budget"], mask = self.budget(step, steps, start, len(layers))
+        state["budget"], mask = self.budget(done, steps, start, len(layers))
         if mask and state["budget"] < start:
             scores = torch._foreach_mul(mean, uncertainty)
             triplets = zip(scores[::3], scores[1::3], scores[2::3], strict=True)

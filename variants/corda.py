@@ -7,10 +7,11 @@ C is the covariance of the layer's inputs in a context. `instruction` (instructi
 takes the r largest triplets, of the context to be learned; `knowledge` (knowledge-preserved mode)
 the r smallest, where the batches are of the context to keep, such as questions of general
 knowledge. Official code: iboing/CorDA, cordalib/decomposition.py (`decompose_to_adapter`) and
-act_aware_utils.py: each sample is divided by its largest entry and C is the mean over samples of
-the sum over tokens, which leaves B A alone and sets the balance of A and B; C is damped by 0.01 of
-its mean diagonal, doubled until ||C C^-1 - I|| < 0.05. There s = 1; PEFT's CorDA is the same with
-s, and takes a batch for a sample. Padding is left out here.
+act_aware_utils.py: each sample is divided by its largest entry, so that loud samples count like
+quiet ones, and C is the mean over samples of the sum over tokens: a sum for a mean leaves B A alone
+and sets the balance of A and B; C is damped by 0.01 of its mean diagonal, doubled until ||C C^-1 -
+I|| < 0.05. There s = 1; PEFT's CorDA is the same with s, and takes a batch for a sample. Padding is
+left out here.
 
 What the inputs make much of counts, not what W0 does: the direction taken is the second here.
 

@@ -86,5 +86,5 @@ preset(
     rank=1024,
     alpha=None,
     lr=4e-3,
-    lr_origin="VeRA's, whose tensors it trains",
+    lr_origin="the DoRA paper's Table 11, LLaMA-7B and LLaMA2-7B at rank 1024",
 )

@@ -121,5 +121,5 @@ preset(
     rank=8,
     alpha=16,
     lr=5e-4,
-    lr_origin="the official script for RoBERTa-base on GLUE",
+    lr_origin="the official script for RoBERTa-base on GLUE, which trains with `frozen`",
 )

@@ -7,8 +7,9 @@ X holds the inputs of a layer, a row a token. The r L directions, of all L matri
 explain most of their own layer's variance (S_j^2 over the sum of S^2) are kept, at most rho r in
 one matrix: the ranks r_i. A matrix that gets none is not adapted. Official code: ml-jku/EVA,
 src/svd.py (`compute_svd`), an incremental PCA, batch after batch until the components stand still
-(cosine 0.99), so the inputs are centred (`centered`), as in PEFT's. Here the moments
-of a fixed number of batches are summed, and decomposed once. s stays that of the rank asked for, as
+(cosine 0.99), so the inputs are centred (`centered`), as in PEFT's. Its scripts take every token
+but padding, as here; PEFT leaves out those without a label (`use_label_mask`). Here the moments of
+a fixed number of batches are summed, and decomposed once. s stays that of the rank asked for, as
 with PEFT's `adjust_scaling_factors` (there off by a root under rslora); the official train.py keeps
 alpha, so that s falls as a rank grows.
 

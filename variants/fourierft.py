@@ -8,7 +8,9 @@ no run's seed, and are the same for all layers of a shape. Here the rank is n: r
 numbers a layer, the paper's count. The scale axis gives the paper's alpha, which has no n in it:
 alpha = 300 n, so that s = alpha / n = 300 at any rank. Official code: Chaos96/fourierft,
 peft/src/peft/tuners/fourier/layer.py: c ~ N(0, 1), so the start is not the base, and a square
-matrix of places. PEFT starts at zero, at s = 150 and other places (seed 777): `zero`, `entries`.
+matrix of places, which its llama-2-7b.sh draws anew for each layer (no `--share_entry`); its
+forward adds the transpose of what its merge adds. PEFT has the same start (zero only where
+`init_weights` asks for it: `zero`), s = 150 and other places (seed 777: `entries`).
 
 One coefficient is one plane wave over rows and columns, divided by m n:
 
@@ -44,7 +46,7 @@ class FourierFT(Form, name="fourierft"):
     """A few coefficients of the change's spectrum."""
 
     zero: bool = False
-    """start at zero, as PEFT does, and not at N(0, 1), as the authors do"""
+    """start at zero (PEFT's `init_weights=True`) and not at N(0, 1)"""
     entries: int = 2024
     """seed of the places; the authors' is 2024, PEFT's 777"""
 
@@ -90,6 +92,6 @@ preset(
     rank=1000,
     alpha="300r",
     lr=5e-2,
-    lr_origin="the official Instruction_Tuning/llama-2-7b.sh, n = 1000, scale 300",
+    lr_origin="the official experiments/Instruction_Tuning/llama-2-7b.sh, n = 1000, scale 300",
     width_exponent=0.0,  # its own effect already grows as 1 / (m n) where layers are narrow
 )

@@ -112,5 +112,6 @@ preset(
     rank=32,
     alpha="2r",
     lr=2e-4,
-    lr_origin="PEFT's MetaMathQA benchmark with AdamW; the official scripts have 4e-4 with Lion",
+    lr_origin="PEFT's MetaMathQA benchmark with AdamW; the official scripts have 2e-4 to "
+    "4e-4 with Lion",
 )

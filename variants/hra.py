@@ -5,11 +5,14 @@ Adaptation (Yuan et al., NeurIPS 2024), arXiv:2405.17484.
 
 A product of reflections of the inputs is orthogonal, and differs from I by rank r. Neighbours start
 equal, u_1 = u_2, u_3 = u_4, ..., so that they cancel; hence an even r (PEFT warns of an odd one and
-starts elsewhere). Official code: DaShenZi721/HRA, llama/peft/oft/layer.py, where vectors start near
-zero and are divided by sqrt(||u||^2 + eps): neither reflections nor, at the start, anything; PEFT,
-by the same authors, has the unit vectors and the equal pairs, and is followed. The penalty on
-U^T U - I (lambda in the paper) is no part of a form and not here; nor is its limit, PEFT's
-`apply_GS`, whose Gram-Schmidt vectors of equal neighbours are 0 / 0.
+starts elsewhere). Official code: DaShenZi721/HRA, llama/peft/oft/layer.py, which reflects a layer's
+outputs (r m numbers), by vectors near zero, divided by sqrt(||u||^2 + eps): no quite reflections,
+and a start slightly off the base. PEFT's, by the same authors, has the paper's unit vectors of the
+inputs and the equal pairs, and is followed. W does not see ||u||, but a step of Adam turns u by
+about lr sqrt(n) / ||u||: there ||u|| starts at sqrt(2 n / r) / sqrt(3), in the official code near
+0.006 at width 4096, and here at 1 / sqrt(3) whatever n and r. The penalty on U^T U - I (lambda in
+the paper) is no part of a form and not here; nor is its limit, PEFT's `apply_GS`, whose
+Gram-Schmidt vectors of equal neighbours are 0 / 0.
 
 The product is I - U T U^T with a small triangular T (its short path); one reflection turns u:
 
@@ -20,6 +23,11 @@ The product is I - U T U^T with a small triangular T (its short path); one refle
 >>> u = torch.tensor([[1.0, 1.0], [0.0, 1.0]])  # mirrors 45 degrees apart: a quarter turn
 >>> [[round(v, 4) for v in row] for row in HRA().weight(W0, {"u": u}, 1.0).tolist()]
 [[-4.0, 3.0], [-0.0, 1.0]]
+>>> for n, r in ((4096, 8), (400, 32)):
+...     u = HRA().start(torch.zeros(1, n), r, 1.0, torch.Generator().manual_seed(0))["u"]
+...     print([round(v, 1) for v in u[:, :2].norm(dim=0).tolist()], torch.equal(u[:, 0], u[:, 1]))
+[0.6, 0.6] True
+[0.6, 0.6] True
 """
 
 from dataclasses import dataclass

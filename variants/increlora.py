@@ -10,9 +10,9 @@ The score is mean(I) mean |I - mean(I)|, two moving averages of I = sum |D * dL/
 where D = W - W0; triplets that are new warm their rate up. Official code: FeiyuZhang98/IncreLoRA,
 loralib/loralib/increlora.py (`RankAllocator`), whose penalty takes each P_j and Q_j by itself, so
 that it binds their lengths and no angles; the paper's, of P^T P - I and Q Q^T - I, is the default
-here and the code's a setting. The code grows without a bound and past the target where `top` times
-h does not divide what is missing; here a matrix has room for r, and the last round takes no more
-than is missing. PEFT has no such allocation.
+here and the code's a setting. Its scale is alpha / (k + 1e-5). The code grows without a bound and
+past the target where `top` times h does not divide what is missing; here a matrix has room for r,
+and the last round takes no more than is missing. PEFT has no such allocation.
 
 Times below 1 are fractions of the run, others are steps. A new triplet gets its own Adam state, as
 each is a tensor by itself.

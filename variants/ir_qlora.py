@@ -166,5 +166,5 @@ preset(
     rank=64,
     alpha=16,
     lr=2e-4,
-    lr_origin="the official irqlora.py and scripts/finetune.sh, LLaMA-7B, batch 16",
+    lr_origin="the official irlora.py and scripts/finetune.sh, LLaMA-7B, batch 16",
 )

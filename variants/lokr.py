@@ -168,5 +168,6 @@ preset(
     rank=16,
     alpha="r",
     lr=5e-4,
-    lr_origin="the LyCORIS paper's default of three (1e-4, 5e-4, 1e-3), on Stable Diffusion",
+    lr_origin="the LyCORIS paper's default of three (1e-4, 5e-4, 1e-3), on Stable Diffusion, there "
+    "with factor 8 and a full W2",
 )

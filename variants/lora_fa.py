@@ -1,16 +1,18 @@
-"""LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning
-(Zhang et al., 2023), arXiv:2308.03303.
+"""LoRA-FA: Efficient and Effective Low Rank Representation Fine-tuning (Zhang et al., 2023; v1:
+Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning), arXiv:2308.03303.
 
     W = W0 + s B A,    A frozen as drawn,    B = 0 at the start and alone trained
 
 Backward needs x A^T [tokens, r] and not x [tokens, n], so activations shrink by the width over the
-rank: the product here keeps just that. No official repository. With `projected` B learns along
+rank: the product here keeps just that. Since its second version (2026) the paper corrects the
+gradient in closed form, and names PEFT as its official code: B learns along
 
     g_B (A A^T)^-1 / s^2
 
-which makes s g_B A the nearest matrix to the full gradient that B alone can reach. PEFT's
-`LoraFAOptimizer` always does so, its product in bf16, with eps before the bias correction where
-torch's AdamW has it after; both add 1e-8 I to A A^T.
+which makes s g_B A the nearest matrix to the full gradient that B alone can reach. `projected` does
+so, as the preset asks; without it (`update=lora_fa`) this is the first version. PEFT's
+`LoraFAOptimizer` takes the product in bf16, and eps before the bias correction where torch's AdamW
+has it after; both add 1e-8 I to A A^T.
 
 That nearest matrix is the full gradient's part in A's row space, whatever s and the size of A:
 
@@ -84,7 +86,7 @@ class LoRAFA(Update, name="lora_fa"):
     """AdamW on B (and what else the form trains), A left as it is."""
 
     projected: bool = False
-    """multiply B's gradient by (A A^T)^-1 / s^2, as PEFT does"""
+    """multiply B's gradient by (A A^T)^-1 / s^2, as the paper's second version and PEFT do"""
 
     frozen = ("A",)
 
@@ -105,10 +107,10 @@ class LoRAFA(Update, name="lora_fa"):
 
 preset(
     "lora_fa",
-    update="lora_fa",
+    update={"name": "lora_fa", "projected": True},
     parameters="r*m",
     rank=16,
     alpha="2r",
     lr=2e-4,
-    lr_origin="LoRA's; the paper searches the rate anew for each task",
+    lr_origin="LoRA's; the first version searches the rate anew for each task",
 )

@@ -11,7 +11,7 @@ without the singular values. There G is met in train mode, and `svd_lowrank` dra
 generator; here in eval mode, and to fp32. PEFT's own LoRA-GA (`rule="peft"`) leaves A with unit
 rows and takes the singular values into B, c U S: another start, with a B that is as small as G.
 A matrix of fewer than 2r directions is refused; the official slice is then too short. The official
-direction `random` and scale `weightS` are not here.
+direction `random`, scale `weightS` and `norm_clip` are not here.
 
 Directions of A and of B are different ones, each of the length m^(1/4) / sqrt(gamma):
 
@@ -53,7 +53,7 @@ class LoRAGA(Init, name="lora_ga"):
     """Leading singular vectors of the gradient; the base gives up their product."""
 
     batches: int = 8
-    """of the gradient; the authors take 128 samples, in batches of 2"""
+    """of the gradient; the authors' runs take 8 of one sample, their example 64 of two"""
     gamma: float = 16.0
     """of the scale `stable`; 64 in the paper's runs of Llama 2-7B"""
     direction: str = "ArB2r"
@@ -111,5 +111,5 @@ preset(
     rank=8,
     alpha=16,
     lr=2e-5,
-    lr_origin="the official examples for Llama 2-7B; gamma of reproduce/Readme.md",
+    lr_origin="the official example for Llama 2-7B; rank, alpha, scale and gamma of reproduce/",
 )

@@ -189,7 +189,7 @@ preset(
     "lora_rite",
     update="lora_rite",
     rank=16,
-    alpha=16,
-    lr=2e-4,
-    lr_origin="LoRA's, as the official script gives both optimizers one rate",
+    alpha="2r",
+    lr=3e-4,
+    lr_origin="the default of the official LLM-Adapters/finetune.py, for AdamW and this alike",
 )

@@ -5,10 +5,10 @@ arXiv:2405.17604.
 
 Only R is trained: r^2 numbers, whatever the size of W0, which stays whole. Official code:
 MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py and utils/svd_utils.py: the decomposition
-is of W0^T, so the singular values stand on the side of A; alpha = r, so s = 1. R is not zero at the
-start, so the model is off the base by 1e-5 of W0. The official decomposition is randomized
-(sklearn, 10 iterations); here it is exact to fp32. A and B are saved with the adapter. PEFT has no
-such form.
+is of W0^T, so the singular values stand on the side of A; alpha = r, so s = 1, in the runs of
+mathematics (elsewhere alpha = 16). R is not zero at the start, so the model is off the base by 1e-5
+of W0. The official decomposition is randomized (sklearn, 10 iterations); here it is exact to fp32.
+A and B are saved with the adapter. PEFT has no such form.
 
 With R = I the change is s times the best rank-r part of W0, and the values sit in A alone:
 

@@ -5,14 +5,15 @@ arXiv:2502.16982.
     M = mu M + (1 - mu) G,    W = W - lr k NS((1 - mu) G + mu M),    NS(U S V^T) = about U V^T
 
 NS is five steps of X <- a X + (b X X^T + c (X X^T)^2) X with (a, b, c) = (3.4445, -4.7750, 2.0315)
-from X / ||X||, which send every singular value to somewhere between 0.7 and 1.2. k = sqrt(max(1, m
-/ n)) in the official code (KellerJordan/Muon, muon.py), 0.2 sqrt(max(m, n)) in the second paper,
-which gives the steps AdamW's size, so that AdamW's rate fits. Here each matrix of the adapter moves
-so (LoRA's A and B, the W of full), vectors and heads by AdamW with `rest` times the rate: `rest`
-and AdamW's betas have no effect where matrices are all there is. The official iteration runs in
-bf16 for speed; here in the dtype of the factors. PEFT has no such optimizer.
+from X / ||X||, which send a singular value of 0.4 % of the norm or more to somewhere between 0.68
+and 1.2, and leave smaller ones smaller. k = sqrt(max(1, m / n)) in the official code
+(KellerJordan/Muon, muon.py), 0.2 sqrt(max(m, n)) in the second paper, which gives the steps AdamW's
+size, so that AdamW's rate fits. Here each matrix of the adapter moves so (LoRA's A and B, the W of
+full), vectors and heads by AdamW with `rest` times the rate: `rest` and AdamW's betas have no
+effect where matrices are all there is. The official iteration runs in bf16 for speed; here in the
+dtype of the factors. PEFT has no such optimizer.
 
-All singular values of a step are alike, however small the gradient's are, and with the second
+The singular values of a step are alike where the gradient's are not, and with the second
 paper's factor its numbers are about 0.2 of the rate, as AdamW's:
 
 >>> import torch, variants

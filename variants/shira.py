@@ -5,9 +5,10 @@
 1 to 2 % of the weights are trained where they stand: a change of high rank that is cheap to take in
 and out, with no scale. The paper's masks: `random` (SHiRA-Rand) and `magnitude` (SHiRA-WM: the
 largest weights) are here; those by gradient and SNIP, which need data, and the structured one are
-not. The official repository, Qualcomm-AI-research/SHiRA, could not be read. PEFT takes LoRA's count
-r (m + n), as here, and a random mask, cut from a permutation of all places (peft/tuners/shira);
-here the places are drawn one by one, from the layer's own generator, and saved with the adapter.
+not. The official repository, Qualcomm-AI-research/SHiRA, holds no code and points to PEFT, which
+takes LoRA's count r (m + n), as here, and a random mask, cut from a permutation of all places
+(peft/tuners/shira); here the places are drawn one by one, from the layer's own generator, and saved
+with the adapter.
 
 As many entries as LoRA has numbers, and no other entry moves; by magnitude they are the largest:
 

@@ -5,7 +5,7 @@ arXiv:2403.19243.
 
 The sine acts on each entry of the product, so the change has a high rank; near 0 it is LoRA with
 the scale s omega / sqrt(n). Official code: samy-ji/Sine-Low-Rank, llm/peft/src/peft/tuners/
-sinlora.py (its build folder; `freq` is omega, g = sqrt(n) is set at the end of `Linear.__init__`).
+sinlora.py (`freq` is omega; g = sqrt(n), which a stale copy under build/lib lacks).
 omega has no default there; a larger one gives a higher rank and a rougher loss. Copies that take
 the sine of the activations B A x compute something else. PEFT has no such form.
 

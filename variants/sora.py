@@ -9,7 +9,8 @@ TsinghuaC3I/SoRA, src/lora.py and src/sparse_optimizer.py: xi is a constant (`sp
 here; but its three assignments in a row also send every |g| in (xi, 2 xi) to zero, and keep |g| =
 xi. Its scripts add mean |g| to the loss as well, with weight 10, which the paper does not. The
 sparsifying scheduler (the paper's Algorithm 1: further runs, each with a larger xi) is a sweep over
-`threshold` here. Inits that give A and B find g = 1. PEFT has no such gate.
+`threshold` here, and its gates have an optimizer of their own, without decay. Inits that give A and
+B find g = 1. PEFT has no such gate.
 
 Gates are drawn, so some are near zero from the start, and each multiplies its direction:
 

@@ -6,10 +6,11 @@ arXiv:2405.15179.
 
 One bank [h, b], trained, serves every layer; each stretch has h logits. bank ~ U(-0.02, 0.02),
 logits ~ N(0, 0.01^2): the start is near W0, not at it. There is no alpha. Official code:
-leo-yangli/VB-LoRA; PEFT has the authors' own port and agrees. Both ask that b divides m and n; here
-the last stretch is cut where it does not, so b = 256 holds for any layer. The paper counts what it
-stores, k indices and k - 1 weights a stretch; here what is trained is counted. The bank learns ten
-times slower than the logits: update `vblora`.
+leo-yangli/VB-LoRA; PEFT has the authors' own port of the equation, with logits ten times as large
+at the start (0.1) and 256 vectors. Both ask that b divides m and n; here the last stretch is cut
+where it does not, so b = 256 holds for any layer. The paper counts what it stores, k indices and
+k - 1 weights a stretch; here what is trained is counted. The bank learns ten times slower than the
+logits: update `vblora`.
 
 A stretch mixes its k best vectors by a softmax over those k alone:
 
