@@ -77,6 +77,7 @@ class Track:
     entity: str | None = None
     group: str | None = None  # null: the sweep
     stage: str | None = None  # a tag: the part of a study that asked for the run first
+    frozen: str | None = None  # a tag: the hash of that study's statement
 
 
 @dataclass

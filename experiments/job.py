@@ -270,7 +270,7 @@ def _tags(prepared: Prepared) -> list[str]:
     """Of a run in W&B."""
     settings = prepared.settings
     named = [prepared.choice.preset, prepared.source.name, settings.task.name]
-    return [*named, *filter(None, [settings.track.stage])]
+    return [*named, *filter(None, [settings.track.stage, settings.track.frozen])]
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class Study:
         self.dry = bool(work.config.dry)
         self.baseline = spec.baseline or str(_defaults().baseline)
         self.inputs: dict[str, dict[str, str]] = {}  # hashes of model and data, by name
+        self.hash = ""  # of the statement, in study.json and in every run's config.yaml
 
     def run(self) -> None:
         """Everything that is missing of it; its verdicts at the end."""
@@ -272,6 +273,7 @@ class Study:
         frozen = asdict(self.spec) | {"baseline": self.baseline, "words": words,
                                       "inputs": self.inputs}  # fmt: skip
         digest = hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:10]
+        self.hash = digest
         before = read_json(self.folder / "study.json")
         if before is not None and before["hash"] != digest:
             changed = [k for k in frozen if before.get(k) != frozen[k]]
@@ -343,7 +345,8 @@ class Study:
     def _run_words(self, arm: Arm, k: int, seed: int, stage: str, *more: str) -> list[str]:
         tag = stage.replace(" ", "_")
         return [*arm.words, *self.words, f"study={self.name}", f"optim.lr={rate(k)}",
-                f"seed={seed}", f"track.stage={tag}", *more]  # fmt: skip
+                f"seed={seed}", f"track.stage={tag}", f"track.frozen='{self.hash}'",
+                *more]  # fmt: skip
 
     def _finish(self, combinations: Iterable[list[str]], stage: str) -> "list[Job]":
         print(f"\n{stage}", flush=True)
@@ -397,6 +400,8 @@ class Study:
                         f"decades, not 2 over 3")  # fmt: skip
         if not tuning.refine:
             said.append("no stage 2, of four points a decade and two seeds around the best")
+        elif tuning.refine_seeds < 2:
+            said.append(f"stage 2 has {tuning.refine_seeds} seed, not two")
         blocks, others = spec.confirm * len(spec.tasks), max(1, len({a.name for a in arms}) - 1)
         least, needed = 2.0 ** (1 - blocks), spec.level / others
         if least > needed:

@@ -93,9 +93,11 @@ def test_a_diverged_rate_is_never_the_best(tmp_path: Path) -> None:
 
 
 def test_what_was_frozen_stays(tmp_path: Path) -> None:
-    found, _, _ = make(tmp_path)
+    found, _, arms = make(tmp_path)
     found._freeze()
     found._freeze()
+    stated = json.loads((tmp_path / "mine" / "study.json").read_text())["hash"]
+    assert stated and f"track.frozen='{stated}'" in found._run_words(arms[0], -12, 0, "stage 1")
     other, _, _ = make(tmp_path, decades=4.0)
     with pytest.raises(BadInput, match=r"frozen as .* with another tuning"):
         other._freeze()
