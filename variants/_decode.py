@@ -11,6 +11,8 @@ a cache, and on a CPU, where a C compiler is at hand, 4 bits of a large matrix i
 >>> packed = torch.tensor([0b00011011, 0b11001001], dtype=torch.uint8)
 >>> decode(packed, 2, table, scales, None, 4, torch.empty(2, 4)).tolist()
 [[-2.0, 0.0, 1.0, 2.0], [10.0, -10.0, 5.0, 0.0]]
+>>> decode(packed, 2, table, scales, torch.tensor([0.5, 7.0]), 4, torch.empty(2, 4)).tolist()
+[[-1.5, 0.5, 1.5, 2.5], [17.0, -3.0, 12.0, 7.0]]
 
 The workspace in which a layer is decoded is one for all layers of a thread, as large as the largest
 so far. Whoever holds it holds it alone:

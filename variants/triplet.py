@@ -73,6 +73,9 @@ def averaged(
     >>> averaged(mean, spread, [torch.ones(1)], 0.75, 0.5)
     >>> mean[0].item(), spread[0].item()
     (0.25, 0.375)
+    >>> averaged(mean, spread, [torch.zeros(1)], 0.75, 0.5)  # below its average
+    >>> mean[0].item(), spread[0].item()
+    (0.1875, 0.28125)
     """
     torch._foreach_lerp_(mean, now, 1 - beta1)
     torch._foreach_lerp_(spread, torch._foreach_abs(torch._foreach_sub(now, mean)), 1 - beta2)

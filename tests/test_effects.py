@@ -1,5 +1,4 @@
-"""Pairs and settings that were accepted and had no effect, or another one, until they were read
-a second time."""
+"""Pairs and settings: each has an effect, and the right one, or is refused."""
 
 import json
 from pathlib import Path
