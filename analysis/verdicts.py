@@ -24,6 +24,7 @@ from .select import Selected, redrawn, select
 
 ALL = "all"
 REDRAWN = 2000  # studies in which the rate is chosen again
+CHOOSING = 4  # seeds that choose a rate for one another: fewer are too few to draw it again
 FEW_SEEDS = 20  # below, Student's interval; from there on the bootstrap's, which needs more
 
 
@@ -448,6 +449,11 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
         detectable=_known(size * sd),
         unreachable=math.isinf(size),
     )
+    if found.again is not None and row.seeds < CHOOSING:
+        return replace(
+            row, verdict="inconclusive", seeds_needed=CHOOSING,
+            reason=f"{row.seeds} seeds chose the rates for one another: {CHOOSING} are the least",
+        )  # fmt: skip
     # the test is about these items; where they are known, the interval is about others like them
     known = any(i is not None for i in found.items)
     zero = known and shown is not None and shown.low <= 0 <= shown.high

@@ -140,6 +140,25 @@ def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
     assert "not even 200 seeds" in row.reason
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(3, "inconclusive"), (4, "better")])
+def test_few_seeds_do_not_choose_a_rate_for_one_another(
+    tmp_path: Path, seeds: int, said: str
+) -> None:
+    """Six tasks, so that the test of signs alone could say it of either."""
+    lines = ["variant,lr,seed,task,score"]
+    lines += [
+        f"{v},{lr},{s},t{t},{50 + 9 * (v == 'x') - 5 * (lr != '1e-4') + (s + t) % 3 / 10}"
+        for v in ("lora", "x") for lr in ("1e-5", "1e-4", "1e-3") for s in range(seeds)
+        for t in range(6)
+    ]  # fmt: skip
+    file = tmp_path / "few.csv"
+    file.write_text("\n".join(lines))
+    rows = verdicts.judge(verdicts.units(load.csv(file)), Rules("lora"))
+    row = next(row for row in rows if row.task == verdicts.ALL)
+    assert row.verdict == said
+    assert (row.seeds_needed == 4 and "4 are the least" in row.reason) == (said == "inconclusive")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
