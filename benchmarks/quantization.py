@@ -15,10 +15,8 @@ its bound. On a machine that does other work, one thread and `--clock process` (
 
 import argparse
 import json
-import math
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,34 +25,10 @@ from torch.nn import functional as F
 
 from variants._registry import find_part
 
+from .clock import CLOCKS, ratio, rounds
+
 TOKENS = (1, 16, 64, 256, 1024, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
-
-
-def rounds(calls: dict[str, Callable[[], Any]], count: int, clock: str) -> dict[str, list[float]]:
-    """Seconds of each call in each of `count` rounds, after one that does not count."""
-    now, names = CLOCKS[clock], list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(count + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = now()
-            calls[name]()
-            if i:
-                seconds[name].append(now() - start)
-    return seconds
-
-
-def ratio(these: list[float], those: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper end of its 95 % interval) of the rounds' ratios."""
-    ratios = sorted(a / b for a, b in zip(these, those, strict=True))
-    n = len(ratios)
-    chances = [math.comb(n, k) / 2**n for k in range(n + 1)]
-    k = 0
-    while sum(chances[: k + 1]) <= 0.025:
-        k += 1
-    low = max(k - 1, 0)
-    return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
 
 def decoding(way: str, call: Callable[..., Any], *args: Any) -> Callable[[], Any]:

@@ -1,0 +1,193 @@
+"""Forward and backward of an adapted model beside PEFT's same method: one process, in turns.
+
+    python -m benchmarks.step [--only WORD] [--threads N] [--rounds N] [--clock process]
+                              [--width N] [--tokens N] [--layers N] [--json FILE]
+
+A Llama of random weights, all its linear layers adapted. PEFT's contender is the adapter as this
+project exports it, read by PEFT, so both compute the same; PEFT keeps its default, adapters in fp32
+under a bf16 model. `floor` is the frozen model with the gradient of its inputs alone. A ratio is
+the median of the rounds' own, with the 95 % interval of a median; `*` marks one over its bound.
+Bytes are what autograd keeps for backward beyond the frozen model's; they and FLOPs are exact.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import variants
+from experiments.measure import measure
+
+from .clock import CLOCKS, ratio, rounds
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VOCABULARY = 512
+
+
+class Method(NamedTuple):
+    """A variant in a dtype, and what its ratios to PEFT should not exceed."""
+
+    variant: str
+    dtype: str
+    dropout: float = 0.0
+    time: float | None = None
+    kept: float | None = None
+    settings: dict[str, Any] = {}  # noqa: RUF012  (of attach)
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.variant, self.dtype, *([f"dropout {self.dropout}"] if self.dropout
+                                                     else [])])  # fmt: skip
+
+
+METHODS = [
+    Method("lora", "bf16", time=0.80, kept=0.42),
+    Method("lora", "bf16", 0.05, time=0.68, kept=0.45),
+    Method("lora", "fp32", time=0.95, kept=0.72),
+    Method("dora", "bf16", time=0.65, kept=0.33),
+    Method("dora", "bf16", 0.05, time=0.60, kept=0.30),
+    Method("dora", "fp32", time=0.87, kept=0.48),
+    Method("dora", "fp32", 0.05, time=0.85, kept=0.45),
+    Method("vera", "bf16", time=0.70, kept=0.70, settings={"rank": 256}),
+    Method("loha", "bf16", time=0.70, kept=0.70),
+    Method("lokr", "bf16", time=0.70, kept=0.70),
+    Method("oft", "bf16", time=0.70, kept=0.70, settings={"rank": 32}),
+    Method(
+        "boft",
+        "bf16",
+        time=0.70,
+        kept=0.70,  # PEFT has one factor without its CUDA extension
+        settings={"form": {"name": "boft", "depth": 1}},
+    ),  # fmt: skip
+    Method("randlora", "bf16", time=0.70, kept=0.70),
+    Method("hira", "bf16", time=0.70, kept=0.70),
+]
+
+
+def llama(dtype: torch.dtype, width: int, layers: int) -> Any:
+    """The benchmark's base, the same each time."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=(width * 43 // 16) // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=max(1, width // 64),
+    )  # fmt: skip
+    built: Any = transformers.LlamaForCausalLM(config)
+    return built.to(dtype).train()
+
+
+def peft_s(adapter: variants.Adapter, base: Any) -> Any:
+    """The same adapter on `base`, as PEFT reads it, to train on."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = adapter.save_peft(folder)
+        return peft.PeftModel.from_pretrained(base, str(path), is_trainable=True).train()
+
+
+def step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    """Forward and backward; gradients are given back."""
+
+    def run() -> None:
+        model(input_ids=ids).logits.float().square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def compare(method: Method, given: argparse.Namespace) -> dict[str, Any]:
+    """Time, bytes and FLOPs of one method here, in PEFT, and at the floor."""
+    dtype, size = DTYPES[method.dtype], (given.width, given.layers)
+    ids = torch.randint(VOCABULARY, (4, given.tokens // 4),
+                        generator=torch.Generator().manual_seed(1))  # fmt: skip
+    floor, ours = llama(dtype, *size), llama(dtype, *size)
+    floor.requires_grad_(False)
+    # gradients flow, no layer learns
+    floor.get_input_embeddings().weight.requires_grad_(True)
+    settings = {"rank": 16} | method.settings
+    adapter = variants.attach(ours, method.variant, dropout=method.dropout, **settings)
+    models = {"here": ours, "PEFT": peft_s(adapter, llama(dtype, *size)), "floor": floor}
+    calls = {name: step(model, ids) for name, model in models.items()}
+    exact = {name: measure(calls[name], model) for name, model in models.items()}
+    gc.collect()
+    seconds = rounds(calls, given.rounds, given.clock)
+    kept = {k: exact[k]["saved_bytes"] - exact["floor"]["saved_bytes"] for k in ("here", "PEFT")}
+    middle, low, high = ratio(seconds["here"], seconds["PEFT"])
+    return {
+        "method": method.name, "ms": {k: 1e3 * statistics.median(v) for k, v in seconds.items()},
+        "time": middle, "interval": [low, high], "time_bound": method.time,
+        "floor": ratio(seconds["floor"], seconds["PEFT"])[0],
+        "kept": kept, "kept_ratio": kept["here"] / max(kept["PEFT"], 1), "kept_bound": method.kept,
+        "flops": exact["here"]["flops"] / exact["PEFT"]["flops"],
+    }  # fmt: skip
+
+
+def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a method."""
+    for method in METHODS:
+        if given.only in method.name:
+            yield compare(method, given)
+
+
+def marked(value: float, bound: float | None, text: str = "") -> str:
+    """The value beside what it should not exceed."""
+    if bound is None:
+        return f"{value:.2f}{text}"
+    return f"{value:.2f}{text} of {bound:.2f}{'*' if value > bound else ''}"
+
+
+def main() -> None:
+    """The command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--only", default="", help="methods whose name has this")
+    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--json", help="write the rows there as well")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    title = (
+        f"width {given.width}, {given.layers} layers, {given.tokens} tokens, "
+        f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
+    )
+    table = Table(title=title)
+    for name in ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT",
+                 "MiB here", "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"):  # fmt: skip
+        table.add_column(name, justify="right")
+    found = []
+    for row in rows(given):
+        found.append(row)
+        low, high = row["interval"]
+        table.add_row(
+            row["method"], *(f"{row['ms'][k]:.1f}" for k in ("here", "PEFT", "floor")),
+            marked(row["time"], row["time_bound"], f" [{low:.2f}, {high:.2f}]"),
+            f"{row['floor']:.2f}", *(f"{row['kept'][k] / 2**20:.1f}" for k in ("here", "PEFT")),
+            marked(row["kept_ratio"], row["kept_bound"]), f"{row['flops']:.2f}",
+        )  # fmt: skip
+        print(f"{row['method']}: {row['time']:.2f}", flush=True)
+    Console(width=190).print(table)
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
