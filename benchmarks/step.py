@@ -64,7 +64,7 @@ METHODS = [
         time=0.70,
         kept=0.70,  # PEFT has one factor without its CUDA extension
         settings={"form": {"name": "boft", "depth": 1}},
-    ),  # fmt: skip
+    ),
     Method("randlora", "bf16", time=0.70, kept=0.70),
     Method("hira", "bf16", time=0.70, kept=0.70),
 ]

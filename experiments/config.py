@@ -28,7 +28,7 @@ class Optim:
     """Learning rate, schedule, decay, clipping. The rule of update is the axis variant/update."""
 
     lr: float | None = None  # null: the preset's own, carried to the model's width
-    # lr of a preset holds at width 4096; at width d it is multiplied by (4096 / d)^width_exponent.
+    # A preset's lr holds at its own width w; at width d it is times (w / d)^width_exponent.
     # 0.781 was fitted on Llama models (tinker-cookbook, hyperparam_utils.get_lr); 0 turns it off.
     width_exponent: float | None = None  # null: the preset's own, 0.781 unless it says otherwise
     schedule: str = "cosine"  # cosine, linear, constant

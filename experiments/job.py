@@ -132,9 +132,9 @@ def learning_rate(settings: Settings, width: int | None) -> tuple[float, str]:
         exponent = preset.width_exponent
     if width is None or exponent == 0:
         return preset.lr, f"{preset.lr:g}: {preset.lr_origin}"
-    factor = (REFERENCE_WIDTH / width) ** exponent
+    factor = (preset.width / width) ** exponent
     return preset.lr * factor, (
-        f"{preset.lr:g} ({preset.lr_origin}) at width {REFERENCE_WIDTH}, "
+        f"{preset.lr:g} ({preset.lr_origin}) at width {preset.width}, "
         f"x{factor:.3g} at width {width}"
     )
 

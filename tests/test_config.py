@@ -118,6 +118,8 @@ def test_learning_rate_is_carried_to_the_width() -> None:
     assert learning_rate(settings("optim.width_exponent=0"), 64)[0] == 2e-4
     assert learning_rate(settings("optim.lr=0.5"), 64) == (0.5, "optim.lr")
     assert learning_rate(settings("variant=fourierft"), 64)[0] == 5e-2  # not carried
+    lr, origin = learning_rate(settings("variant=dylora"), 768)  # RoBERTa-base's own
+    assert lr == 5e-4 and "at width 768, x1 at width 768" in origin
     carried = learning_rate(settings("variant=fourierft", "optim.width_exponent=1"), 64)[0]
     assert carried == pytest.approx(5e-2 * 64)
 

@@ -89,8 +89,8 @@ def page(name: str) -> str:
     lines += ["", "Defaults"]
     lines += _row("rank", f"{defaults['rank'] or 'none'}: {known['rank'] or 'there is no rank'}")
     lines += _row("alpha", str(defaults["alpha"] or "none: the scale has no alpha"))
-    width = "7B" if defaults["width_exponent"] else "any"
-    lines += _row("lr", f"{defaults['lr']:g} at {width} width: {defaults['lr_origin']}")
+    width = f"width {defaults['width']:,}" if defaults["width_exponent"] else "any width"
+    lines += _row("lr", f"{defaults['lr']:g} at {width}: {defaults['lr_origin']}")
     lines += _row("targets", defaults["targets"])
     lines += ["", "Training"]
     lines += _row("parameters", f"of a matrix W [m, n]: {_count(known)}")

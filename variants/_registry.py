@@ -73,7 +73,8 @@ class PresetInfo:
     lr_origin: str
     targets: str = "all-linear"
     parameters: str = ""  # of one matrix, where another axis leaves some of the form's untrained
-    width_exponent: float = 0.781  # lr is for width 4096; at width d it is lr (4096 / d)^this
+    width: int = 4096  # of the model that lr is for: a 7B's, unless lr_origin names another
+    width_exponent: float = 0.781  # at width d the rate is lr (width / d)^this
 
 
 def _literal(node: ast.expr, where: str) -> Any:
@@ -246,8 +247,9 @@ def preset(name: str, **choices: Any) -> None:
 
     The call is read from the syntax tree; running it does nothing. Arguments, all literals: the
     six axes (default: LoRA's), `rank`, `alpha` (a number, or "2r"), `lr`, `lr_origin`, and where
-    they are not the usual ones `targets`, `parameters` (the formula of the trained numbers) and
-    `width_exponent` (how lr is carried from width 4096 to a model's; 0: it is not).
+    they are not the usual ones `targets`, `parameters` (the formula of the trained numbers),
+    `width` (of the model that lr is for) and `width_exponent` (how lr is carried from that to
+    another; 0: it is not).
     """
 
 
@@ -392,6 +394,7 @@ def describe(name: str) -> dict[str, Any]:
             "alpha": info.alpha,
             "lr": info.lr,
             "lr_origin": info.lr_origin,
+            "width": info.width,
             "width_exponent": info.width_exponent,
             "targets": info.targets,
         },

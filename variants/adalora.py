@@ -203,5 +203,6 @@ preset(
     rank=12,
     alpha=32,
     lr=5e-4,
-    lr_origin="the official scripts for XSum and MNLI (5e-4 to 2.2e-3 elsewhere)",
+    lr_origin="the official script for MNLI, DeBERTaV3-base (5e-4 to 2.2e-3 for other tasks)",
+    width=768,
 )

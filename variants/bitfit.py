@@ -67,5 +67,6 @@ preset(
     alpha=None,
     lr=1e-3,
     lr_origin="the README of the official code, BERT; the paper searches 1e-4 to 1e-3",
+    width=768,
     targets="all-linear,norms",
 )

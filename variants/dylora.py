@@ -122,4 +122,5 @@ preset(
     alpha=16,
     lr=5e-4,
     lr_origin="the official script for RoBERTa-base on GLUE, which trains with `frozen`",
+    width=768,
 )

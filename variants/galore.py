@@ -130,4 +130,5 @@ preset(
     alpha=None,
     lr=4.8e-4,
     lr_origin="times factor 1.2e-4, as the official script for RoBERTa-base on GLUE (3e-5 times 4)",
+    width=768,
 )

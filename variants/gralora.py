@@ -114,4 +114,5 @@ preset(
     lr=2e-4,
     lr_origin="PEFT's MetaMathQA benchmark with AdamW; the official scripts have 2e-4 to "
     "4e-4 with Lion",
+    width=3072,
 )

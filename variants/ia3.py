@@ -98,5 +98,6 @@ preset(
     alpha=None,
     lr=3e-3,
     lr_origin="the paper's recipe T-Few (Section 3.3) and configs/ia3.json, with Adafactor",
+    width=2048,
     targets="k,v,down",
 )

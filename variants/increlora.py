@@ -225,4 +225,5 @@ preset(
     alpha=16,
     lr=8e-4,
     lr_origin="the official script for DeBERTaV3-base on SST-2, target rank 8",
+    width=768,
 )

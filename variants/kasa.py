@@ -153,4 +153,5 @@ preset(
     alpha=16,
     lr=4e-4,
     lr_origin="the official script for RoBERTa-base on CoLA",
+    width=768,
 )

@@ -80,4 +80,5 @@ preset(
     alpha=None,
     lr=5e-4,
     lr_origin="LoKr's, whose factors are of that size; the paper tunes it to each task",
+    width=768,
 )

@@ -71,5 +71,6 @@ preset(
     alpha=None,
     lr=3e-4,
     lr_origin="LayerNorm of T-Few (arXiv:2205.05638) on T0-3B, configs/layernorm.json",
+    width=2048,
     targets="norms",
 )

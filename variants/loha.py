@@ -75,4 +75,5 @@ preset(
     alpha=2,
     lr=5e-4,
     lr_origin="the LyCORIS paper's default of three (1e-4, 5e-4, 1e-3), on Stable Diffusion",
+    width=768,
 )

@@ -170,4 +170,5 @@ preset(
     lr=5e-4,
     lr_origin="the LyCORIS paper's default of three (1e-4, 5e-4, 1e-3), on Stable Diffusion, there "
     "with factor 8 and a full W2",
+    width=768,
 )

@@ -104,5 +104,5 @@ preset(
     rank=16,
     alpha="2r",
     lr=2e-4,
-    lr_origin="the paper's for GPT-2 and GPT-3 (Tables 11 and 12)",
+    lr_origin="the paper's for GPT-2 and GPT-3 (Tables 11 and 12), widths 1,024 to 12,288",
 )

@@ -46,5 +46,6 @@ preset(
     alpha="2r",
     lr=1e-4,
     lr_origin="PEFT's MetaMathQA benchmark, lora--llama-3.2-3B-rank32-mica",
+    width=3072,
     parameters="r*n",
 )

@@ -121,4 +121,5 @@ preset(
     alpha=16,
     lr=8e-4,
     lr_origin="the official script for DeBERTaV3-base on STS-B",
+    width=768,
 )
