@@ -113,7 +113,7 @@ def compare(method: Method, given: argparse.Namespace) -> dict[str, Any]:
     floor.requires_grad_(False)
     # gradients flow, no layer learns
     floor.get_input_embeddings().weight.requires_grad_(True)
-    settings = {"rank": 16} | method.settings
+    settings: dict[str, Any] = {"rank": 16} | method.settings
     adapter = variants.attach(ours, method.variant, dropout=method.dropout, **settings)
     models = {"here": ours, "PEFT": peft_s(adapter, llama(dtype, *size)), "floor": floor}
     calls = {name: step(model, ids) for name, model in models.items()}

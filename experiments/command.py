@@ -11,7 +11,7 @@ from typing import Any
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from variants._registry import from_file, unknown
+from variants._registry import Incompatible, from_file, unknown
 
 from . import attempt
 from .attempt import EXPECTED, FULL, one_line, terminate
@@ -57,6 +57,10 @@ def _named(word: str) -> str:
     key, _, value = word.partition("=")
     if key.partition(".")[0] in ("rank_pattern", "alpha_pattern"):
         return f"+{word}"
+    if re.fullmatch(r"variant(/\w+)?", key) and "/" in value and ".py" not in value:
+        raise Incompatible(
+            f"{word}: the name of a variant, or the path of its file, which ends in .py"
+        )
     if re.fullmatch(r"variant(/\w+)?", key) and ".py" in value:
         return f"{key}={','.join(from_file(name) for name in value.split(','))}"
     return word

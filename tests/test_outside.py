@@ -111,3 +111,43 @@ def test_a_file_of_several_is_asked_by_name(half: Path) -> None:
     with pytest.raises(variants.Incompatible, match="2 variants in this file; name one of them"):
         variants.describe(str(half))
     assert variants.describe(f"{half}:hal")["name"] == "hal"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "from dataclasses",
+            "import torchh\nfrom dataclasses",
+            "line 9: ModuleNotFoundError: No mod",
+        ),
+        ("lr=2e-4", "rnak=16, lr=2e-4", "has no argument 'rnak'; its arguments: form, init"),
+        ("rank=4, ", "", "preset lacks 'rank'"),
+        ("def shapes", "def sizes", "class Half has no `shapes`"),
+        ("@dataclass(", "@dataclass((", "half.py, line [0-9]+: "),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_and_nothing_is_left(
+    half: Path, old: str, new: str, said: str
+) -> None:
+    assert old in HALF
+    half.write_text(HALF.replace(old, new, 1))
+    with pytest.raises(variants.Incompatible, match=said):
+        variants.attach(Toy(), str(half), rank=2)
+    variants.attach(Toy(), "lora", rank=2)
+
+
+def test_a_file_that_was_edited_is_read_again(half: Path) -> None:
+    seen = []
+    for factor in ("s / 2", "s * 5"):
+        half.write_text(HALF.replace("s / 2 *", f"{factor} *"))
+        layer = next(iter(variants.attach(Toy(), str(half), rank=2).layers.values()))
+        for tensor in layer.params.values():
+            torch.nn.init.ones_(tensor)
+        seen.append((layer.weight - layer.W0)[0, 0].item())
+    assert seen[1] == pytest.approx(10 * seen[0], rel=1e-4)
+
+
+def test_a_model_that_is_one_layer_is_refused() -> None:
+    with pytest.raises(variants.Incompatible, match="wrap it"):
+        variants.attach(torch.nn.Linear(8, 6), "lora", rank=2)

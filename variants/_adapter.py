@@ -143,7 +143,9 @@ def choose(
     notes = []
     if form.rank_means is None:
         if rank is not None:
-            notes.append(f"rank={rank} has no meaning for form {form.name}: there is none")
+            ranked = [axis for axis, part in parts.items() if hasattr(part, "rank")]
+            where = f"; {ranked[0]}.rank is a setting" if ranked else ""
+            notes.append(f"rank={rank} has no meaning for form {form.name}: there is none{where}")
         rank = None
     else:
         rank = _whole_rank(info.rank if rank is None else rank, preset)
@@ -256,6 +258,9 @@ def plan(
     """What `attach` would build. Looks at shapes only, so a model on the meta device will do."""
     refuse_adapted(model)
     layers, planned, largest = all_layers(model), [], 0
+    if "" in layers:
+        raise Incompatible(f"the model is one layer, a {type(model).__name__}, in whose place "
+                           f"nothing can be put: wrap it, as nn.Sequential(layer)")  # fmt: skip
     if targets is None:
         targets = find_preset(choice.preset).targets
     sites = [

@@ -17,8 +17,9 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -28,6 +29,7 @@ AXES = ("form", "init", "scale", "allocation", "update", "base")
 PACKAGE = Path(__file__).parent
 OUTSIDE = "LORA_VARIANTS"  # files in the environment, so that the processes of a sweep have them
 GROUP = "lora_variants"  # of entry points
+_ABSTRACT = {"form": ("shapes", "weight")}  # what a part must bring itself
 _KINDS = {"int": int, "float": float, "str": str}
 
 
@@ -56,7 +58,11 @@ class PartInfo:
             raise Incompatible(
                 f"{self.axis} {self.name} has no setting {unknown[0]!r}; its settings: {known}"
             )
-        return getattr(imported(self.module), self.cls)(**settings)
+        cls = getattr(imported(self.module), self.cls)
+        lacking = [k for k in _ABSTRACT.get(self.axis, ()) if k not in _defined(cls)]
+        if lacking:
+            raise Incompatible(f"{self.module}: class {self.cls} has no `{lacking[0]}`")
+        return cls(**settings)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ def _literal(node: ast.expr, where: str) -> Any:
         return ast.literal_eval(node)
     except ValueError as error:
         raise Incompatible(f"{where}: defaults and preset arguments are literals") from error
+
+
+def _defined(cls: type) -> set[str]:
+    """What a part has beside what the abstract classes of `_api.py` say."""
+    return {name for base in cls.__mro__ if base.__module__ != f"{PACKAGE.name}._api"
+            for name in vars(base)}  # fmt: skip
 
 
 @cache
@@ -134,6 +146,13 @@ def _part(node: ast.ClassDef, module: str) -> PartInfo | None:
 
 def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
     given = {k.arg: _literal(k.value, f"{module}: preset") for k in call.keywords if k.arg}
+    own = {f.name for f in fields(PresetInfo)} - {"name", "module", "doc", "axes"}
+    wrong = sorted(set(given) - own - set(AXES))
+    missing = [k for k in ("rank", "alpha", "lr", "lr_origin") if k not in given]
+    if wrong or missing:
+        what = f"has no argument {wrong[0]!r}" if wrong else f"lacks {missing[0]!r}"
+        raise Incompatible(f"{module}, line {call.lineno}: preset {what}; its arguments: "
+                           f"{', '.join((*AXES, *sorted(own)))}")  # fmt: skip
     axes = {}
     for axis, default in zip(
         AXES, ("lora", "default", "standard", "uniform", "adamw", "dense"), strict=True
@@ -148,18 +167,31 @@ def imported(module: str) -> Any:
     """A module of this package by its name, another by its file."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
-    name = f"{GROUP}.{module}"
-    if name not in sys.modules:
+    name, stamp = f"{GROUP}.{module}", _stamp(Path(module))
+    if name not in sys.modules or sys.modules[name].__dict__.get("__stamp__") != stamp:
         spec = importlib.util.spec_from_file_location(name, module)
         assert spec is not None
         assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
         try:
             spec.loader.exec_module(sys.modules[name])
+        except Exception as error:
+            del sys.modules[name]
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == module]
+            where = f"{module}, line {lines[-1]}" if lines else module
+            raise Incompatible(f"{where}: {type(error).__name__}: {error}") from error
         except BaseException:
             del sys.modules[name]
             raise
+        sys.modules[name].__stamp__ = stamp  # type: ignore[attr-defined]
     return sys.modules[name]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes when the file does."""
+    found = path.stat() if path.is_file() else None
+    return found and (found.st_mtime_ns, found.st_size)
 
 
 def _files() -> list[tuple[Path, str]]:
@@ -187,10 +219,19 @@ def from_file(name: str) -> str:
         return name
     if not path.is_file():
         raise Incompatible(f"variant={name}: no such file")
-    known = os.environ.get(OUTSIDE, "").split(os.pathsep)
-    if str(path) not in known and path.parent != PACKAGE:
-        os.environ[OUTSIDE] = os.pathsep.join([*filter(None, known), str(path)])
+    before = os.environ.get(OUTSIDE, "")
+    known = before.split(os.pathsep)
+    if path.parent != PACKAGE and (str(path) not in known or _seen.get(path) != _stamp(path)):
+        if str(path) not in known:
+            os.environ[OUTSIDE] = os.pathsep.join([*filter(None, known), str(path)])
         index.cache_clear()
+        try:
+            index()
+        except Incompatible:  # what cannot be read is not left behind, in the way of all others
+            os.environ[OUTSIDE] = before
+            index.cache_clear()
+            raise
+        _seen[path] = _stamp(path)
     if wanted:
         return wanted
     inside = [n for n, info in index()[1].items() if _file_of(info.module) == path]
@@ -200,6 +241,9 @@ def from_file(name: str) -> str:
             f"{name}:{inside[0] if inside else 'NAME'}"
         )
     return inside[0]
+
+
+_seen: dict[Path, tuple[int, int] | None] = {}  # files from outside, as the index has them
 
 
 def _file_of(module: str) -> Path:
@@ -215,9 +259,7 @@ def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
         try:
             tree = ast.parse(path.read_text())
         except SyntaxError as error:
-            raise Incompatible(
-                f"{path.parent.name}/{path.name}, line {error.lineno}: {error.msg}"
-            ) from error
+            raise Incompatible(f"{_shown(path)}, line {error.lineno}: {error.msg}") from error
         except OSError as error:
             raise Incompatible(f"{OUTSIDE}: {path}: {error.strerror}") from error
         for node in tree.body:
@@ -234,6 +276,10 @@ def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
                 found = _preset(node.value, module, ast.get_docstring(tree) or "")
                 _add(presets, found.name, found)
     return all_parts, presets
+
+
+def _shown(path: Path) -> str:
+    return f"{PACKAGE.name}/{path.name}" if path.parent == PACKAGE else str(path)
 
 
 def _add(table: dict[str, Any], name: str, info: Any) -> None:
@@ -282,7 +328,9 @@ def find_preset(name: str) -> PresetInfo:
     """The preset of that name or file, or `Incompatible` with the choices."""
     name = from_file(name)
     if name not in index()[1]:
-        raise unknown("variant", name, names())
+        error = unknown("variant", name, names())
+        raise Incompatible(f"{error}; or a file of your own: its path, or {OUTSIDE}=PATH in the "
+                           f"environment, which also finds it for what it has trained")  # fmt: skip
     return index()[1][name]
 
 

@@ -44,7 +44,7 @@ class LoRAPlus(Update, name="lora_plus"):
     """AdamW with a larger learning rate for B."""
 
     ratio: float = 16.0
-    """learning rate of B over that of A; the paper advises about 2^4, at least 1"""
+    """learning rate of B over that of A; the paper advises about 2^4; below 1 A learns faster"""
     vectors: bool = False
     """give B's rate to tensors of one dimension as well (DoRA's m), as the official code does"""
 
