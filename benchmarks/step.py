@@ -7,7 +7,8 @@ A Llama of random weights, all its linear layers adapted. PEFT's contender is th
 project exports it, read by PEFT, so both compute the same; PEFT keeps its default, adapters in fp32
 under a bf16 model. `floor` is the frozen model with the gradient of its inputs alone. A ratio is
 the median of the rounds' own, with the 95 % interval of a median; `*` marks one over its bound.
-Bytes are what autograd keeps for backward beyond the frozen model's; they and FLOPs are exact.
+Bytes are all that autograd keeps for backward, `alone` those beyond the frozen model's; they and
+FLOPs are exact.
 """
 
 import argparse
@@ -120,13 +121,15 @@ def compare(method: Method, given: argparse.Namespace) -> dict[str, Any]:
     exact = {name: measure(calls[name], model) for name, model in models.items()}
     gc.collect()
     seconds = rounds(calls, given.rounds, given.clock)
-    kept = {k: exact[k]["saved_bytes"] - exact["floor"]["saved_bytes"] for k in ("here", "PEFT")}
+    kept = {k: found["saved_bytes"] for k, found in exact.items()}
+    alone = {k: kept[k] - kept["floor"] for k in ("here", "PEFT")}
     middle, low, high = ratio(seconds["here"], seconds["PEFT"])
     return {
         "method": method.name, "ms": {k: 1e3 * statistics.median(v) for k, v in seconds.items()},
         "time": middle, "interval": [low, high], "time_bound": method.time,
         "floor": ratio(seconds["floor"], seconds["PEFT"])[0],
-        "kept": kept, "kept_ratio": kept["here"] / max(kept["PEFT"], 1), "kept_bound": method.kept,
+        "kept": kept, "kept_ratio": kept["here"] / kept["PEFT"], "kept_bound": method.kept,
+        "alone_ratio": alone["here"] / max(alone["PEFT"], 1),
         "flops": exact["here"]["flops"] / exact["PEFT"]["flops"],
     }  # fmt: skip
 
@@ -170,7 +173,7 @@ def main() -> None:
     )
     table = Table(title=title)
     for name in ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT",
-                 "MiB here", "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"):  # fmt: skip
+                 "MiB here", "MiB PEFT", "bytes / PEFT", "alone", "FLOPs / PEFT"):  # fmt: skip
         table.add_column(name, justify="right")
     found = []
     for row in rows(given):
@@ -180,7 +183,8 @@ def main() -> None:
             row["method"], *(f"{row['ms'][k]:.1f}" for k in ("here", "PEFT", "floor")),
             marked(row["time"], row["time_bound"], f" [{low:.2f}, {high:.2f}]"),
             f"{row['floor']:.2f}", *(f"{row['kept'][k] / 2**20:.1f}" for k in ("here", "PEFT")),
-            marked(row["kept_ratio"], row["kept_bound"]), f"{row['flops']:.2f}",
+            marked(row["kept_ratio"], row["kept_bound"]), f"{row['alone_ratio']:.2f}",
+            f"{row['flops']:.2f}",
         )  # fmt: skip
         print(f"{row['method']}: {row['time']:.2f}", flush=True)
     Console(width=190).print(table)
