@@ -58,11 +58,12 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
 
 
 def _folders(top: Path) -> list[Path]:
-    """The run folders at or below `top`; those set aside for a new run are left out."""
+    """The run folders at or below `top`; those set aside for a new run are left out, and what lies
+    inside a run is a part of it (`evaluations/`), not another."""
     if (top / "status.json").exists() or (top / "result.json").exists():
         return [top]
     marks = {p.parent for name in ("status.json", "result.json") for p in top.glob(f"**/{name}")}
-    return sorted(p for p in marks if ".old" not in p.name)
+    return sorted(p for p in marks if ".old" not in p.name and marks.isdisjoint(p.parents))
 
 
 def _json(path: Path) -> Any:

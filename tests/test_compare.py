@@ -282,6 +282,18 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
 
 
+def test_what_lies_inside_a_run_is_no_run(tmp_path: Path) -> None:
+    """`python -m experiments.evaluate RUN` leaves a result of its own kind there."""
+    for name in ("lora", "dora"):
+        made_run(tmp_path / "study" / name, variant=name)
+        inside = tmp_path / "study" / name / "evaluations" / "skills-test"
+        inside.mkdir(parents=True)
+        (inside / "result.json").write_text(json.dumps({"tuned": {"loss": 1.0}}))
+    found, unfinished = load.runs([tmp_path])
+    assert sorted(found["run"]) == ["dora", "lora"]
+    assert unfinished == []
+
+
 def test_other_code_is_another_scope(tmp_path: Path) -> None:
     for i, name in enumerate(("lora", "dora")):
         made_run(tmp_path / name, variant=name)
