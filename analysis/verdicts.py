@@ -421,10 +421,17 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
         )  # fmt: skip
     spot = stats.interval(blocks, found.items)
     boot = stats.bootstrap_interval(blocks, found.items)
-    shown = spot if min(len(d) for d in blocks) < FEW_SEEDS else boot
+    shown = spot
+    if boot is not None and min(len(d) for d in blocks) >= FEW_SEEDS:
+        shown = _hull(boot, stats.interval(blocks))
     margin = row.margin
     p_same = None if margin is None else stats.equivalence(blocks, margin)
     sd, level = stats.spread(blocks), rules.level / family
+    unknown = ""
+    if stats.agree(blocks):
+        sd, few = math.nan, min(map(len, blocks))
+        unknown = f"the spread over seeds is unknown: the differences of {few} agree"
+        row = replace(row, notes=[*row.notes, unknown])
     if found.again is not None and shown is not None:
         error = float(found.again.std())
         half = max((shown.high - shown.low) / 2, stats.t_quantile(0.975, math.inf) * error)
@@ -456,8 +463,15 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
         )  # fmt: skip
     # the test is about these items; where they are known, the interval is about others like them
     known = any(i is not None for i in found.items)
-    zero = known and shown is not None and shown.low <= 0 <= shown.high
-    return _decided(row, p, p_same, rules, tasks, level, zero)
+    zero = known and (bool(unknown) if shown is None else shown.low <= 0 <= shown.high)
+    return _decided(row, p, p_same, rules, tasks, level, zero, unknown)
+
+
+def _hull(found: stats.Interval, least: stats.Interval | None) -> stats.Interval:
+    """The interval, made no narrower than `least` on either side."""
+    if least is None:
+        return found
+    return replace(found, low=min(found.low, least.low), high=max(found.high, least.high))
 
 
 def _decided(
@@ -468,8 +482,10 @@ def _decided(
     tasks: int,
     level: float,
     zero: bool,
+    unknown: str,
 ) -> Verdict:
-    """`zero`: other items of the kind could turn the effect around."""
+    """`zero`: other items of the kind could turn the effect around; `unknown`: why there is no
+    spread."""
     effect, sd = row.effect or 0.0, math.nan if row.sd is None else row.sd
     if p <= rules.level and effect != 0 and not zero:
         small = row.margin is not None and row.low is not None and row.high is not None
@@ -480,18 +496,22 @@ def _decided(
         return replace(row, verdict="equivalent", reason=f"within {row.margin:g}")
     target = row.margin or abs(effect)
     needed = stats.seeds_needed(target, sd, tasks, level)
+    said = []
     if row.unreachable:
         least = stats.least_p(row.n)
-        reason = f"unreachable: {row.n} paired blocks cannot go below p = {least:.3g}"
+        said.append(f"unreachable: {row.n} paired blocks cannot go below p = {least:.3g}")
+    elif row.detectable is not None:
+        said.append(f"an effect under {row.detectable:.3g} is not found by {row.n} blocks")
     else:
-        reason = f"an effect under {row.detectable:.3g} is not found by {row.n} blocks"
+        unknown = unknown or "the spread over seeds is unknown: one a task"
     if needed:
-        reason += f"; {needed} seeds a task would find {target:.3g}"
+        said.append(f"{needed} seeds a task would find {target:.3g}")
     elif sd > 0:
-        reason += f"; not even {stats.MOST_SEEDS} seeds a task would find {target:.3g}"
-    elif row.unreachable:  # one block: its spread is not known
-        reason += f"; {-(-stats.blocks_needed(level) // tasks)} seeds a task are the least"
-    return replace(row, verdict="inconclusive", reason=reason, seeds_needed=needed)
+        said.append(f"not even {stats.MOST_SEEDS} seeds a task would find {target:.3g}")
+    elif row.unreachable:  # the spread is not known
+        said.append(f"{-(-stats.blocks_needed(level) // tasks)} seeds a task are the least")
+    said += [unknown] if unknown else []
+    return replace(row, verdict="inconclusive", reason="; ".join(said), seeds_needed=needed)
 
 
 def records(rows: Sequence[Verdict]) -> list[dict[str, Any]]:

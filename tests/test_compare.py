@@ -102,6 +102,58 @@ def test_items_widen_an_interval_that_seeds_alone_make_too_short() -> None:
     assert crossed.se == pytest.approx(own.std(ddof=1) / math.sqrt(40), rel=0.05)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_no_interval_is_narrower_than_that_of_seeds(tmp_path: Path, seeds: int) -> None:
+    """Student's (scipy) over the seeds, with items that all runs share; also after twenty seeds."""
+    from scipy.stats import t
+
+    generator, lines, runs = np.random.default_rng(7), ["variant,lr,seed,task,score,items"], {}
+    for name, skill in (("lora", 0.6), ("x", 0.65)):
+        for seed in range(seeds):
+            hits = generator.random(500) < skill + 0.05 * generator.normal()
+            file = tmp_path / f"{name}-{seed}.jsonl"
+            file.write_text("\n".join(str(int(hit)) for hit in hits))
+            runs[name, seed] = hits.mean()
+            lines.append(f"{name},1e-4,{seed},t,{hits.mean()},{file}")
+    (tmp_path / "items.csv").write_text("\n".join(lines))
+    row = judged(tmp_path / "items.csv", margin=1.0)["x"]
+    d = np.array([runs["x", s] - runs["lora", s] for s in range(seeds)])
+    low, high = t.interval(0.95, seeds - 1, d.mean(), d.std(ddof=1) / math.sqrt(seeds))
+    assert row.low is not None and row.high is not None
+    assert row.low <= low + 1e-9
+    assert row.high >= high - 1e-9
+
+
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_differences_that_agree_have_no_known_spread(tmp_path: Path, tasks: int) -> None:
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,{s},t{k},{0.5 + 0.031 * (v == 'x') * (-1) ** k + s / 7}"
+              for v in ("lora", "x") for s in range(2) for k in range(tasks)]  # fmt: skip
+    (tmp_path / "same.csv").write_text("\n".join(lines))
+    found = verdicts.judge(verdicts.units(load.csv(tmp_path / "same.csv")), Rules("lora"))
+    for row in found:
+        assert (row.low, row.high, row.sd, row.detectable) == (None, None, None, None)
+        assert row.verdict in ("inconclusive", "equivalent")
+        assert "the spread over seeds is unknown: the differences of 2 agree" in row.notes
+    assert "the differences of 2 agree" in found[-1].reason
+    four = [line.replace(",0,t", ",2,t") for line in lines[1:] if ",0,t" in line]
+    four += [line.replace(",0,t", ",3,t") for line in lines[1:] if ",0,t" in line]
+    (tmp_path / "same.csv").write_text("\n".join([*lines, *four]))
+    rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "same.csv")), Rules("lora"))
+    assert all(row.low is not None and row.sd is not None for row in rows)
+
+
+def test_one_seed_of_many_tasks_is_told_apart_or_not(tmp_path: Path) -> None:
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,0,t{k},{50 + 9 * (v == 'x') * (-1) ** k}" for v in ("lora", "x")
+              for k in range(7)]  # fmt: skip
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    found = verdicts.judge(verdicts.units(load.csv(tmp_path / "one.csv")), Rules("lora"))
+    row = next(row for row in found if row.task == verdicts.ALL)
+    assert (row.verdict, row.low) == ("inconclusive", None)
+    assert "one a task" in row.reason
+
+
 def test_choosing_on_what_is_reported_is_corrected() -> None:
     draws = [np.random.default_rng(i).normal(size=(6, 7)) for i in range(300)]
     naive = np.mean([d.mean(axis=0).max() for d in draws])
