@@ -78,6 +78,11 @@ def notes(
     elif any(u.selected.rule == "left one out" for u in found):
         said.append("no separate confirmation: each seed is scored at the rate that is best on the "
                     "other seeds, and its interval counts that choice")  # fmt: skip
+    flat = [f"{u.name} on {u.task} ({u.selected.bracket.partition(',')[0]})" for u in found
+            if u.selected.bracket.endswith("within noise")]  # fmt: skip
+    if flat:
+        said.append("best on an edge of its grid, but by no more than noise, so that it counts as "
+                    f"inside: {_some(flat)}")  # fmt: skip
     margins = sorted({r.margin for r in rows if r.margin is not None})
     if margins and rules.margin is None:
         said.append(f"equivalent means within {', '.join(f'{m:g}' for m in margins)}: one point")
@@ -86,6 +91,12 @@ def notes(
     if unfinished:
         said.append(f"{len(unfinished)} runs are not finished and count nowhere")
     return said
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first of them, and how many more."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def write(report: dict[str, Any], out: Path) -> Path:
@@ -156,7 +167,7 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
         "corrected: what is reported."
     )
     more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
-    more += ("improvement", "mcnemar", "notes")
+    more += ("bracket", "baseline_bracket", "improvement", "mcnemar", "notes")
     return told + html.table(rows, _keys(rows, ("scope", *cells.VERDICTS[:-1], *more)))
 
 
@@ -170,7 +181,7 @@ def _widths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {"variant": r["variant"], "rank": r["rank"], "task": r["task"], "chosen": r["chosen"],
          "rule": r["rule"], "bracket": r["bracket"], "usable decades": r["width"],
          "rates": len(r["lr"]), "diverged": sum(r["diverged"]),
-         "unlike": ["bracket"] if "edge" in r["bracket"] else []}
+         "unlike": ["bracket"] if r["bracket"].endswith("edge") else []}
         for r in rows
     ]  # fmt: skip
 

@@ -45,7 +45,7 @@ class Selected:
     sources: dict[int, str]  # of those runs
     rule: str  # confirmed, left one out, single rate
     naive: float  # the best mean over the tuning runs, as papers report it
-    bracket: str  # inside, edge (low or high), one rate
+    bracket: str  # inside, low or high edge, the same `within noise`, one rate, all diverged
     trials: int  # runs that the choice has seen
     rates: int
     diverged: int  # among all of them
@@ -137,8 +137,9 @@ def _shrunk(values: Array, mean: Array) -> Array:
 def bracket(criterion: Array) -> str:
     """Whether the best rate lies inside the grid, or on an edge that the grid should go beyond.
 
-    An edge that does not beat its neighbour by more than noise explains is no edge: the curve is
-    flat there, and a next step would gain less than the last one did. One seed tells no noise.
+    An edge that does not beat its neighbour by more than noise explains is `within noise`, and no
+    edge to a verdict: the curve is flat there, and a next step would gain less than the last one
+    did. One seed tells no noise.
     """
     if criterion.shape[1] == 1:
         return "one rate"
@@ -154,7 +155,7 @@ def bracket(criterion: Array) -> str:
     whole = criterion[:, np.isfinite(criterion).all(axis=0)]
     free = (whole.shape[0] - 1) * (whole.shape[1] - 1)
     if free > 0 and gain <= t_quantile(0.975, free) * math.sqrt(2 * noise(whole)):
-        return "inside"
+        return f"{side}, within noise"
     return side
 
 

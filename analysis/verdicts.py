@@ -75,6 +75,8 @@ class Verdict:
     item_wins: list[int] | None = None
     improvement: float | None = None  # probability that a run of it beats one of the baseline
     margin: float | None = None
+    bracket: str = ""  # where in its grid the best rate lies (select.bracket)
+    baseline_bracket: str = ""
     metric: str = ""
     selection: str = ""
     notes: list[str] = field(default_factory=list)
@@ -209,7 +211,7 @@ def _bare(unit: Unit, verdict: str, reason: str) -> Verdict:
     return Verdict(
         unit.variant, unit.task, verdict, reason, rank=unit.rank, scope=unit.scope, lr=own.lr,
         score_naive=_known(own.naive), score_corrected=_known(own.corrected), metric=unit.metric,
-        seeds=len(own.scores), selection=own.rule, notes=list(own.notes),
+        seeds=len(own.scores), bracket=own.bracket, selection=own.rule, notes=list(own.notes),
     )  # fmt: skip
 
 
@@ -280,6 +282,7 @@ def _compared(unit: Unit, base: Unit, rules: Rules) -> _Compared:
         _bare(unit, "", ""),
         baseline=base.name,
         baseline_lr=theirs.lr,
+        baseline_bracket=theirs.bracket,
         baseline_naive=_known(theirs.naive),
         baseline_corrected=_known(theirs.corrected),
         effect_naive=_known(naive),
@@ -386,6 +389,8 @@ def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
         first,
         task=ALL,
         lr=first.lr if len({r.lr for r in rows}) == 1 else None,
+        bracket=_all_of([r.bracket for r in rows]),
+        baseline_bracket=_all_of([r.baseline_bracket for r in rows]),
         baseline_lr=first.baseline_lr if len({r.baseline_lr for r in rows}) == 1 else None,
         score_naive=mean([r.score_naive for r in rows]),
         score_corrected=mean([r.score_corrected for r in rows]),
@@ -404,6 +409,11 @@ def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
     drawn = [t.again for t in tasks if t.again is not None]
     again = np.mean(drawn, axis=0) if len(drawn) == len(tasks) else None
     return _Compared(row, blocks, [t.items[0] for t in tasks], problem, again, list(tasks))
+
+
+def _all_of(words: Sequence[str]) -> str:
+    """Each of them once."""
+    return "; ".join(dict.fromkeys(words))
 
 
 def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int) -> Verdict:

@@ -236,8 +236,31 @@ def test_a_flat_curve_has_no_edge() -> None:
     flat = np.where(np.arange(5) == 4, -0.01, 0.0) + 0.2 * generator.normal(size=(6, 5))
     rising = -np.arange(5.0) + 0.05 * generator.normal(size=(6, 5))
     assert bracket(flat) == "inside"
+    level = flat - flat.mean(axis=0) - 0.01 * (np.arange(5) == 4)
+    assert bracket(level) == "high edge, within noise"
+    assert bracket(level[:, ::-1]) == "low edge, within noise"
     assert bracket(rising) == "high edge"
     assert bracket(-rising) == "low edge"
+
+
+def test_an_edge_within_noise_is_said_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, lines = np.random.default_rng(1), ["variant,lr,seed,task,score"]
+    for name in ("lora", "dora"):
+        lines += [f"{name},{lr},{seed},math,{50 + (lr == '1e-3') * 0.05 + generator.normal()}"
+                  for seed in range(8) for lr in ("1e-5", "1e-4", "1e-3")]  # fmt: skip
+    (tmp_path / "flat.csv").write_text("\n".join(lines))
+    assert main(["--csv", str(tmp_path / "flat.csv"), "--margin", "5",
+                 "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = report["verdicts"]
+    brackets = [row["bracket"], row["baseline_bracket"]]
+    assert any(text.endswith("edge, within noise") for text in brackets)
+    assert row["verdict"] != "not comparable"
+    told = "by no more than noise"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_models_and_budgets_are_compared_apart(tmp_path: Path) -> None:
