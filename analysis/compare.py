@@ -31,7 +31,7 @@ def compare(
     table: Any, rules: Rules, unfinished: Sequence[dict[str, str]] = (), about: Any = None
 ) -> tuple[dict[str, Any], list[Unit]]:
     """The report as plain data (report.json), and the units that it is of."""
-    found = units(table)
+    found = units(table, rules.lower_is_better)
     rows = judge(found, rules)
     curves = panels.curves(found, rules)
     names = sorted({u.variant for u in found})
@@ -163,8 +163,8 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
     rows = report["verdicts"]
     told = html.paragraph(
         "Effects are paired differences in the metric's own unit, positive where the variant is "
-        "better; p is adjusted over the variants (Holm). naive: the best mean of all rates, "
-        "corrected: what is reported."
+        "better; p is adjusted over the variants (Holm). naive: the best mean score of all rates "
+        "tried, corrected: what is reported."
     )
     more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
     more += ("bracket", "baseline_bracket", "improvement", "mcnemar", "notes")

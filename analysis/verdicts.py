@@ -100,8 +100,9 @@ class Unit:
         return self.variant if self.rank is None else f"{self.variant} r{self.rank}"
 
 
-def units(table: Table) -> list[Unit]:
-    """Every comparable heap of runs; what differs within a task is said in its label."""
+def units(table: Table, lower: bool | None = None) -> list[Unit]:
+    """Every comparable heap of runs; what differs within a task is said in its label. `lower`:
+    less of the score is better, by the metric's name where None."""
     table = _labelled(table)
     found = []
     keys = ["scope", "label", "variant", "rank_key"]
@@ -111,7 +112,7 @@ def units(table: Table) -> list[Unit]:
         trained = rows["trained"].iloc[0] if "trained" in rows else math.nan
         metric = rows["metric"].iloc[0]
         found.append(Unit(variant, None if pd.isna(rank) else int(rank), label, scope, metric,
-                          trained, rows, select(rows)))  # fmt: skip
+                          trained, rows, select(rows, lower)))  # fmt: skip
     return found
 
 

@@ -358,6 +358,38 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
 
 
+def test_naive_is_the_best_mean_score_of_all_rates(tmp_path: Path) -> None:
+    """At a rate that the loss does not choose; a rate with a diverged run is none."""
+    tried = {1e-4: (1.2, 0.95), 1e-3: (1.0, 0.9), 1e-2: (1.5, 0.2)}
+    for name in ("lora", "dora"):
+        for lr, (loss, score) in tried.items():
+            for seed in range(2):
+                made_run(tmp_path / f"{name}-{lr}-{seed}", variant=name, lr=lr, seed=seed,
+                         loss=loss, score=score - 0.1 * seed)  # fmt: skip
+        for seed, status in enumerate(("done", "diverged")):
+            made_run(tmp_path / f"{name}-far-{seed}", variant=name, lr=1e-1, seed=seed, loss=3.0,
+                     score=1.0, status=status)  # fmt: skip
+        made_run(tmp_path / f"{name}-test", variant=name, seed=9, split="test", score=0.5)
+    (row,) = verdicts.judge(verdicts.units(load.runs([tmp_path])[0]), Rules("lora"))
+    assert row.lr == 1e-3
+    assert (row.score_naive, row.baseline_naive) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert row.score_corrected == 0.5
+
+
+def test_less_is_better_also_when_a_rate_is_chosen(tmp_path: Path) -> None:
+    head, *lines = table(tmp_path).read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    rows = [[*row[:4], f"{100 - float(row[4]):.3f}"] for row in rows]
+    (tmp_path / "errors.csv").write_text("\n".join([head, *map(",".join, rows)]))
+    more, less = (load.csv(tmp_path / f"{name}.csv") for name in ("results", "errors"))
+    one = compare(more, Rules("lora", margin=1.0))[0]["verdicts"]
+    two = compare(less, Rules("lora", margin=1.0, lower_is_better=True))[0]["verdicts"]
+    for a, b in zip(one, two, strict=True):
+        assert (a["verdict"], a["lr"]) == (b["verdict"], b["lr"])
+        assert a["effect"] == pytest.approx(b["effect"])
+        assert a["score_naive"] == pytest.approx(100 - b["score_naive"])
+
+
 def test_what_lies_inside_a_run_is_no_run(tmp_path: Path) -> None:
     """`python -m experiments.evaluate RUN` leaves a result of its own kind there."""
     for name in ("lora", "dora"):
