@@ -16,7 +16,7 @@ import numpy as np
 
 from . import aggregates, stats
 from .load import Table, lower_is_better
-from .verdicts import Rules, Unit
+from .verdicts import Rules, Unit, margin_of
 
 Rows = list[dict[str, Any]]
 COSTS = {
@@ -48,7 +48,7 @@ def curves(units: Sequence[Unit], rules: Rules) -> Rows:
             mean = np.array([_mean(column) for column in own.scores.T])
             sd = np.array([_sd(column) for column in own.scores.T])
         known = np.isfinite(mean)
-        scale = _margin(unit, rules)
+        scale = margin_of([unit], rules)
         found.append({
             "variant": unit.variant, "rank": unit.rank, "task": unit.task, "scope": unit.scope,
             "metric": unit.metric, "lr": own.lrs.tolist(), "mean": _plain(mean), "sd": _plain(sd),
@@ -61,12 +61,6 @@ def curves(units: Sequence[Unit], rules: Rules) -> Rows:
             if known.any() else [],
         })  # fmt: skip
     return found
-
-
-def _margin(unit: Unit, rules: Rules) -> float | None:
-    from .verdicts import _margin as margin
-
-    return margin(list(unit.selected.scores.values()), unit.metric, rules)
 
 
 def _mean(column: Any) -> float:

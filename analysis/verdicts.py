@@ -291,7 +291,7 @@ def _compared(unit: Unit, base: Unit, rules: Rules) -> _Compared:
         item_wins=wins,
         mcnemar=stats.mcnemar(wins[0], wins[1]) if wins and len(seeds) == 1 else None,
         improvement=_improvement(mine, theirs, sign),
-        margin=_margin([*mine.scores.values(), *theirs.scores.values()], unit.metric, rules),
+        margin=margin_of([unit, base], rules),
         notes=[*mine.notes, *(f"{base.name}: {note}" for note in theirs.notes)],
     )
     problem = _problem(unit, base, seeds)
@@ -360,14 +360,18 @@ def _improvement(mine: Selected, theirs: Selected, sign: float) -> float | None:
     return float(wins)
 
 
-def _margin(scores: Sequence[float], metric: str, rules: Rules) -> float | None:
-    """One point: .01 where all scores are shares. A loss has no points, so no margin of its own."""
+def margin_of(units: Sequence[Unit], rules: Rules) -> float | None:
+    """One point: .01 where all scores are shares, those of the tuning runs as well, as nothing else
+    may be left. A loss has no points, so no margin of its own."""
     if rules.margin is not None:
         return rules.margin
-    if lower_is_better(metric):
+    if any(lower_is_better(u.metric) for u in units):
         return None
-    finite = [s for s in scores if math.isfinite(s)]
-    return 0.01 if finite and all(-1 <= s <= 1 for s in finite) else 1.0
+    known = [u.selected.curve.scores.ravel() for u in units]
+    known += [np.array(list(u.selected.scores.values()), dtype=float) for u in units]
+    scores = np.concatenate(known)
+    scores = scores[np.isfinite(scores)]
+    return 0.01 if len(scores) and bool((np.abs(scores) <= 1).all()) else 1.0
 
 
 def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:

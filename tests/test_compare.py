@@ -193,6 +193,20 @@ def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
     assert "not even 200 seeds" in row.reason
 
 
+@pytest.mark.parametrize(("scale", "margin"), [(1, 0.01), (100, 1.0)])
+def test_a_point_is_known_where_nothing_is_left_to_score(
+    tmp_path: Path, scale: int, margin: float
+) -> None:
+    """One seed, three rates: the only scores are those that the rate was chosen on."""
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},{lr},0,t,{scale * score}" for v in ("lora", "x")
+              for lr, score in (("1e-5", 0.5), ("1e-4", 0.7), ("1e-3", 0.6))]  # fmt: skip
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    report, _ = compare(load.csv(tmp_path / "one.csv"), Rules("lora"))
+    assert report["verdicts"][0]["margin"] == margin
+    assert all(0.1 < row["width"] < 0.5 for row in report["learning_rates"])
+
+
 @pytest.mark.parametrize(("seeds", "said"), [(3, "inconclusive"), (4, "better")])
 def test_few_seeds_do_not_choose_a_rate_for_one_another(
     tmp_path: Path, seeds: int, said: str
