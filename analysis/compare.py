@@ -43,7 +43,7 @@ def compare(
         "study": about,
         "runs": {"finished": len(table), "diverged": int((table["status"] == "diverged").sum()),
                  "unfinished": list(unfinished)},
-        "notes": notes(found, rows, rules, unfinished),
+        "notes": notes(table, found, rows, rules, unfinished),
         "verdicts": records(rows),
         "learning_rates": curves,
         "winners": panels.winners(curves, rules.baseline),
@@ -63,13 +63,14 @@ def compare(
 
 
 def notes(
+    table: Any,
     found: Sequence[Unit],
     rows: Sequence[Verdict],
     rules: Rules,
     unfinished: Sequence[dict[str, str]],
 ) -> list[str]:
     """What a reader must know of the input before any verdict."""
-    said = []
+    said = [line for line in [load.unsaid(table)] if line]
     scopes = sorted({u.scope for u in found if u.scope})
     if scopes:
         said.append(f"several models or revisions, compared apart: {'; '.join(scopes)}")

@@ -437,6 +437,12 @@ def test_other_code_is_another_scope(tmp_path: Path) -> None:
         (["--csv", "bad.csv"], "no column 'lr'"),
         (["--csv", "odd.csv"], "odd.csv, line 2: score=high: not a number"),
         (["--csv", "text.csv"], "text.csv, line 2: seed=mean of 3: not a whole number"),
+        (["--csv", "zero.csv"], "zero.csv, line 4: lr=0: a positive number is needed"),
+        (["--csv", "less.csv"], "less.csv, line 2: lr=-1e-3: a positive number is needed"),
+        (["--csv", "no_lr.csv"], "no_lr.csv, line 2: lr=: a positive number is needed"),
+        (["--csv", "name.csv"], "name.csv, line 2: variant=: a name is needed"),
+        (["--csv", "task.csv"], "task.csv, line 2: task=: a name is needed"),
+        (["--csv", "rank.csv"], "rank.csv, line 2: rank=r8: not a whole number"),
         (["--csv", "results.csv", "--baseline", "loraa"], "--baseline loraa: no run of it here"),
         (["--csv", "results.csv", "--margin", "-1"], "--margin -1.0: a positive number"),
         (["--wandb", "project"], "ENTITY/PROJECT"),
@@ -453,12 +459,35 @@ def test_bad_input_is_one_line(
     table(tmp_path)
     Path("bad.csv").write_text("variant,seed\nlora,1\n")
     Path("odd.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,0,t,high\n")
+    head, good = "variant,lr,seed,task,score\n", "lora,1e-3,0,t,1\n"
+    Path("zero.csv").write_text(f"{head}{good}\nlora,0,0,t,1\n")
+    Path("less.csv").write_text(f"{head}lora,-1e-3,0,t,1\n{good}")
+    Path("no_lr.csv").write_text(f"{head}lora,,0,t,1\n{good}")
+    Path("name.csv").write_text(f"{head} ,1e-3,0,t,1\n{good}")
+    Path("task.csv").write_text(f"{head}lora,1e-3,0,,1\n{good}")
+    Path("rank.csv").write_text("rank,variant,lr,seed,task,score\nr8,lora,1e-3,0,t,1\n")
     Path("text.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,mean of 3,t,1\n")
     assert main([*words, "--out", "report"]) == 1
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
     assert not Path("report").exists()
+
+
+def test_a_score_that_is_no_number_counts_as_diverged_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = table(tmp_path).read_text().splitlines()
+    lines.insert(1, "")  # a blank line counts as one
+    for place, text in ((2, ""), (3, "n/a"), (5, "inf"), (6, "nan"), (7, "diverged")):
+        lines[place] = f"{lines[place].rpartition(',')[0]},{text}"
+    file = tmp_path / "lost.csv"
+    file.write_text("\n".join(lines))
+    assert main(["--csv", str(file), "--out", str(tmp_path / "out")]) == 0
+    told = "lines 3, 4, 6, 7: no finite number as score, counted as a diverged run"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert told in (tmp_path / "out" / "index.html").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"]["diverged"] == 5
 
 
 def test_a_wandb_project_is_read_as_the_tracker_wrote_it(
