@@ -378,16 +378,17 @@ def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
     """One row over the tasks of a variant: the mean of their effects."""
     rows = [t.row for t in tasks]
     problems = [f"{t.row.task}: {t.problem}" for t in tasks if t.problem]
-    problem = problems[0] if problems else ""
+    apart = ""  # why a mean over the tasks would say nothing: none is given
     if len({r.metric for r in rows}) > 1 or len({r.margin for r in rows}) > 1:
-        problem = problem or "tasks of different metrics have no common mean"
+        apart = "tasks of different metrics have no common mean"
     bases = [name.split(" (")[0] for name in (r.task for r in rows)]
     if len(set(bases)) < len(bases):
-        problem = problem or "one task in several settings has no common mean"
+        apart = apart or "one task in several settings has no common mean"
+    problem = problems[0] if problems else apart
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [v for v in values if v is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
+        return float(np.mean(known)) if len(known) == len(values) and not apart else None
 
     first = rows[0]
     row = replace(
@@ -406,10 +407,12 @@ def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
         seeds=min(r.seeds for r in rows),
         item_wins=None,
         mcnemar=None,
+        margin=None if apart else first.margin,
+        metric="" if apart else first.metric,
         notes=[],
     )
     blocks = [t.blocks[0] for t in tasks if t.blocks]
-    if len(blocks) < len(tasks):
+    if len(blocks) < len(tasks) or apart:
         blocks = []
     drawn = [t.again for t in tasks if t.again is not None]
     again = np.mean(drawn, axis=0) if len(drawn) == len(tasks) else None

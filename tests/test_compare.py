@@ -290,6 +290,9 @@ def test_models_and_budgets_are_compared_apart(tmp_path: Path) -> None:
     rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "results.csv")), Rules("lora"))
     head = [row for row in rows if row.task == verdicts.ALL]
     assert {row.verdict for row in head} == {"not comparable"}
+    means = ("effect", "low", "high", "effect_naive", "score_naive", "score_corrected",
+             "baseline_naive", "baseline_corrected", "improvement", "margin")  # fmt: skip
+    assert {getattr(row, name) for row in head for name in means} == {None}
     assert {row.task for row in rows} > {"math (batch 8)", "math (batch 16)"}
 
 
