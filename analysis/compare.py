@@ -274,7 +274,8 @@ def _main(given: argparse.Namespace, defaults: Any) -> int:
         raise load.Unreadable(f"--margin {given.margin}: a positive number")
     table, unfinished, study = read(given)
     known = study or {}
-    level = float(given.level or known.get("level") or defaults.level)
+    level = float(next(v for v in (given.level, known.get("level"), defaults.level)
+                       if v is not None))  # fmt: skip
     if not 0 < level < 1:
         raise load.Unreadable(f"--level {level}: between 0 and 1")
     margin = given.margin if given.margin is not None else known.get("margin")

@@ -448,6 +448,7 @@ def test_other_code_is_another_scope(tmp_path: Path) -> None:
         (["--csv", "rank.csv"], "rank.csv, line 2: rank=r8: not a whole number"),
         (["--csv", "results.csv", "--baseline", "loraa"], "--baseline loraa: no run of it here"),
         (["--csv", "results.csv", "--margin", "-1"], "--margin -1.0: a positive number"),
+        (["--csv", "results.csv", "--level", "0"], "--level 0.0: between 0 and 1"),
         (["--wandb", "project"], "ENTITY/PROJECT"),
     ],
 )
