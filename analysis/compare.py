@@ -74,7 +74,7 @@ def notes(
     scopes = sorted({u.scope for u in found if u.scope})
     if scopes:
         said.append(f"several models or revisions, compared apart: {'; '.join(scopes)}")
-    if all(u.selected.rule == "single rate" for u in found):
+    if all(u.selected.rates == 1 for u in found):
         said.append("one learning rate a variant: nothing here shows that any was tuned")
     elif any(u.selected.rule == "left one out" for u in found):
         said.append("no separate confirmation: each seed is scored at the rate that is best on the "
@@ -153,7 +153,9 @@ def write(report: dict[str, Any], out: Path) -> Path:
                                     and k in ("model_hash", "code", "packages") else []}
                                    for k, v in report["provenance"].items()])),
     ]  # fmt: skip
-    title = f"Against tuned {base}: {report['runs']['finished']} runs"
+    tried = [len(r["lr"]) for r in report["learning_rates"] if r["variant"] == base]
+    tuned = "tuned " if min(tried) > 1 else ""
+    title = f"Against {tuned}{base}: {report['runs']['finished']} runs"
     part = out / "index.html.part"
     part.write_text(html.page(title, lead, sections))
     part.replace(out / "index.html")

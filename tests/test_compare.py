@@ -526,6 +526,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report"
 
 
+def test_tuned_is_said_where_rates_were_tried(report: Path, tmp_path: Path) -> None:
+    assert "<h1>Against tuned lora: 400 runs</h1>" in (report / "index.html").read_text()
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,{s},t,{50 + s / 10}" for v in ("lora", "x") for s in range(3)]
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    assert main(["--csv", str(tmp_path / "one.csv"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h1>Against lora: 6 runs</h1>" in page
+    assert "nothing here shows that any was tuned" in page
+
+
 def test_every_file_is_there(report: Path) -> None:
     found = json.loads((report / "report.json").read_text())
     assert found["schema"] == 1
