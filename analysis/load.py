@@ -87,6 +87,7 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         primary = metrics["primary"]
         env = _json(folder / "env.json") or {}
         old = result.get("forgetting") or {}
+        peak, peak_of = _peak(result["memory"])
         forgotten = None
         if old.get("tuned"):
             forgotten = old["tuned"]["loss"] - old["base"]["loss"]
@@ -116,7 +117,8 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
             "batch_size": config["batch_size"],
             "tokens": result["tokens"]["seen"],
             "flops": _number(result["flops"]),
-            "peak_bytes": result["memory"]["peak_bytes"],
+            "peak_bytes": peak,
+            "peak_of": peak_of,
             "saved_bytes": result["memory"]["saved_activation_bytes"],
             "bits": result["memory"]["stored_bits"],
             "init_s": result["time"]["init_s"],
@@ -133,6 +135,15 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError) as error:
         raise Unreadable(f"{folder / 'result.json'}: no {error} in it") from None
+
+
+def _peak(memory: Mapping[str, Any]) -> tuple[float, str]:
+    """(bytes at most, of what). On a CPU the peak is that of the whole process, its imports and the
+    runs before it included; there the count of one backward says what a variant takes."""
+    of = memory.get("peak_of", "the process")
+    if of == "the process" and memory.get("step_peak_bytes") is not None:
+        return memory["step_peak_bytes"], "tensors of one backward"
+    return memory["peak_bytes"], of
 
 
 def label(config: Mapping[str, Any]) -> str:

@@ -142,6 +142,10 @@ def costs(units: Sequence[Unit], rules: Rules) -> Rows:
             "score_interval": _interval(scores), "n": len(scores),
         }  # fmt: skip
         for key in (*COSTS, "forgetting"):
+            if key == "peak_bytes" and key in at:
+                entry["peak_of"] = "; ".join(sorted(set(at["peak_of"])))
+                if ";" in entry["peak_of"]:
+                    continue  # nothing of which there is a median
             if key in at and at[key].notna().any():
                 values = at[key].astype(float).dropna().to_numpy()
                 entry[key] = float(np.median(values))
@@ -166,6 +170,11 @@ def _disk(source: str) -> int:
         return 0
 
 
+def alike(found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether peaks of memory are of the same: a process is no match for a count of tensors."""
+    return len({entry.get("peak_of") for entry in found}) == 1
+
+
 def fronts(found: Rows) -> Rows:
     """Which variants no other beats on quality and a cost, by task and cost."""
     rows = []
@@ -175,7 +184,7 @@ def fronts(found: Rows) -> Rows:
     for (scope, task), here in groups.items():
         for cost in ("forgetting", "peak_bytes", "train_s", "trained", "disk_bytes"):
             known = [e for e in here if e.get(cost) is not None and e["score"] is not None]
-            if len(known) < 2:
+            if len(known) < 2 or (cost == "peak_bytes" and not alike(known)):
                 continue
             best = aggregates.front([(e[cost], e["sign"] * e["score"]) for e in known])
             rows.append({

@@ -419,6 +419,33 @@ def test_what_lies_inside_a_run_is_no_run(tmp_path: Path) -> None:
     assert unfinished == []
 
 
+def test_memory_on_a_cpu_is_that_of_a_step_where_it_was_counted(tmp_path: Path) -> None:
+    """Else that of the process, and the two are not put into one front."""
+
+    def costs(**memory: dict[str, Any]) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+        for name, more in memory.items():
+            file = tmp_path / name / "result.json"
+            if not file.exists():
+                made_run(file.parent, variant=name)
+            result = json.loads(file.read_text())
+            result["memory"] = {"peak_bytes": 900, "saved_activation_bytes": 5,
+                                "stored_bits": 32.0} | more  # fmt: skip
+            file.write_text(json.dumps(result))
+        report, _ = compare(load.runs([tmp_path])[0], Rules("lora"))
+        fronts = [r["cost"] for r in report["fronts"]]
+        return {r["variant"]: (r["peak_bytes"], r["peak_of"]) for r in report["costs"]}, fronts
+
+    cpu = {"peak_of": "the process", "step_peak_bytes": 20}
+    gpu = {"peak_of": "tensors on the GPU", "step_peak_bytes": 20}
+    found, fronts = costs(lora=cpu, dora=cpu | {"step_peak_bytes": 30})
+    one = "tensors of one backward"
+    assert found == {"lora": (20, one), "dora": (30, one)}
+    assert "peak_bytes" in fronts
+    found, fronts = costs(lora=gpu, dora={"step_peak_bytes": None})
+    assert found == {"lora": (900, "tensors on the GPU"), "dora": (900, "the process")}
+    assert "peak_bytes" not in fronts
+
+
 def test_other_code_is_another_scope(tmp_path: Path) -> None:
     for i, name in enumerate(("lora", "dora")):
         made_run(tmp_path / name, variant=name)
