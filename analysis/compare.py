@@ -91,6 +91,7 @@ def notes(
         said.append("no margin for a metric without points: --margin says what counts as equal")
     if unfinished:
         said.append(f"{len(unfinished)} runs are not finished and count nowhere")
+    said += [f"left out: {r['error']}" for r in unfinished if r["status"] == "truncated"]
     return said
 
 

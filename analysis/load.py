@@ -27,6 +27,10 @@ class Unreadable(ValueError):
     """A folder or table that cannot be compared; the message names what and where."""
 
 
+class Truncated(Unreadable):
+    """A file that was cut short, or is not json."""
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether less of the metric is better."""
     return metric in LOWER
@@ -42,11 +46,14 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
             raise Unreadable(f"{path}: no such folder")
         for folder in _folders(top):
             found = True
-            result = _json(folder / "result.json")
-            if result is None:
-                unfinished.append(_state(folder))
-            else:
-                rows.append(_row(folder, result))
+            try:
+                result = read(folder / "result.json")
+                if result is None:
+                    unfinished.append(_state(folder))
+                else:
+                    rows.append(_row(folder, result))
+            except Truncated as error:
+                unfinished.append({"run": folder.name, "status": "truncated", "error": str(error)})
     if not rows:
         what = f"{len(unfinished)} unfinished runs" if found else "no run folders"
         raise Unreadable(f"{', '.join(map(str, paths))}: {what}, and no finished one")
@@ -66,26 +73,32 @@ def _folders(top: Path) -> list[Path]:
     return sorted(p for p in marks if ".old" not in p.name and marks.isdisjoint(p.parents))
 
 
-def _json(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """The json in a file; None where there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
-        raise Unreadable(f"{path}: truncated, or not json") from None
+        raise Truncated(f"{path}: truncated, or not json") from None
 
 
 def _state(folder: Path) -> dict[str, str]:
-    status = _json(folder / "status.json") or {}
+    status = read(folder / "status.json") or {}
     lines = str(status.get("error") or "").splitlines() or [""]
     return {"run": folder.name, "status": status.get("status", "missing"), "error": lines[0]}
 
 
 def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    from experiments.record import SCHEMA
+
     try:
+        if result["schema"] != SCHEMA:
+            raise Unreadable(f"{folder / 'result.json'}: schema {result['schema']}; this code "
+                             f"reads schema {SCHEMA}")  # fmt: skip
         config, metrics = result["config"], result["metrics"]
         primary = metrics["primary"]
-        env = _json(folder / "env.json") or {}
+        env = read(folder / "env.json") or {}
         old = result.get("forgetting") or {}
         peak, peak_of = _peak(result["memory"])
         forgotten = None

@@ -446,6 +446,32 @@ def test_memory_on_a_cpu_is_that_of_a_step_where_it_was_counted(tmp_path: Path) 
     assert "peak_bytes" not in fronts
 
 
+def test_a_truncated_result_is_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lora", "dora", "cut"):
+        made_run(tmp_path / "runs" / name, variant="lora" if name == "cut" else name)
+    file = tmp_path / "runs" / "cut" / "result.json"
+    file.write_text(file.read_text()[:100])
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["runs"]["finished"] == 2
+    assert [(r["run"], r["status"]) for r in report["runs"]["unfinished"]] == [("cut", "truncated")]
+    told = f"left out: {file}: truncated, or not json"
+    assert told in "".join(report["notes"])
+    assert told.replace(" ", "") in "".join(capsys.readouterr().out.split())
+
+
+def test_a_result_of_another_schema_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_run(tmp_path / "runs" / "lora")
+    file = tmp_path / "runs" / "lora" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 2}))
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {file}: schema 2; this code reads schema 1" in capsys.readouterr().err
+
+
 def test_other_code_is_another_scope(tmp_path: Path) -> None:
     for i, name in enumerate(("lora", "dora")):
         made_run(tmp_path / name, variant=name)
