@@ -147,8 +147,9 @@ def write(report: dict[str, Any], out: Path) -> Path:
             + _friedman(report, html)
             + html.figures(drawn(charts.profiles(report["profiles"], base)))),
         ("Stability", html.table(report["stability"])),
-        ("Fairness", html.paragraph("In red: what is unlike the baseline's; trained numbers may "
-                                    "differ by 2 %.") + html.table(report["fairness"])),
+        ("Fairness", _departures(study, html)
+            + html.paragraph("In red: what is unlike the baseline's; trained numbers may differ by "
+                             "2 %.") + html.table(report["fairness"])),
         ("Not finished", html.table(report["runs"]["unfinished"])),
         ("Provenance", html.table([{"what": k, "values": v, "unlike": ["values"] if len(v) > 1
                                     and k in ("model_hash", "code", "packages") else []}
@@ -173,6 +174,17 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
     more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
     more += ("bracket", "baseline_bracket", "improvement", "mcnemar", "notes")
     return told + html.table(rows, _keys(rows, ("scope", *cells.VERDICTS[:-1], *more)))
+
+
+def _departures(study: dict[str, Any] | None, html: Any) -> str:
+    """What the study's ledger says of itself."""
+    lines = (study or {}).get("departures")
+    if lines is None:
+        return ""
+    if not lines:
+        return html.paragraph("The study's ledger names no departure from the protocol.")
+    return "".join(f'<p class="red">{html.escaped(f"Less than the protocol: {line}.")}</p>'
+                   for line in lines)  # fmt: skip
 
 
 def _keys(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> list[str]:
@@ -236,10 +248,14 @@ def read(given: argparse.Namespace) -> tuple[Any, list[dict[str, str]], dict[str
 
 
 def study_of(paths: Sequence[str]) -> dict[str, Any] | None:
-    """What the one study of these folders froze: question, tier, margin, baseline."""
-    found = [json.loads((Path(p) / "study.json").read_text()) for p in paths
-             if (Path(p) / "study.json").is_file()]  # fmt: skip
-    return found[0] if len(found) == 1 else None
+    """What the one study of these folders froze: question, tier, margin, baseline; and where it did
+    less than a comparison should: the `departures` of its ledger, None without a ledger."""
+    found = [Path(p).expanduser() for p in paths]
+    found = [p for p in found if (p / "study.json").is_file()]
+    if len(found) != 1:
+        return None
+    ledger = load.read(found[0] / "ledger.json")
+    return load.read(found[0] / "study.json") | {"departures": ledger and ledger["departures"]}
 
 
 def main(words: Sequence[str] | None = None) -> int:

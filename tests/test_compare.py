@@ -472,6 +472,27 @@ def test_a_result_of_another_schema_is_refused_by_name(
     assert f"error: {file}: schema 2; this code reads schema 1" in capsys.readouterr().err
 
 
+def test_departures_of_a_study_stand_above_its_fairness(tmp_path: Path) -> None:
+    for name in ("lora", "dora"):
+        made_run(tmp_path / "mine" / name, variant=name)
+    (tmp_path / "mine" / "study.json").write_text(json.dumps({"name": "mine", "hash": "1"}))
+    folder, page = str(tmp_path / "mine"), tmp_path / "out" / "index.html"
+    assert main([folder, "--out", str(tmp_path / "out")]) == 0
+    assert "protocol" not in page.read_text()
+    for lines in (["no anchor full, <b>", "no stage 2"], []):
+        (tmp_path / "mine" / "ledger.json").write_text(json.dumps({"departures": lines}))
+        assert main([folder, "--out", str(tmp_path / "out")]) == 0
+        text = page.read_text()
+        above = text[text.index("<h2>Fairness") : text.index("In red: what is unlike")]
+        if lines:
+            assert "Less than the protocol: no anchor full, &lt;b&gt;." in above
+            assert "Less than the protocol: no stage 2." in above
+        else:
+            assert "names no departure" in above
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["study"]["departures"] == lines
+
+
 def test_other_code_is_another_scope(tmp_path: Path) -> None:
     for i, name in enumerate(("lora", "dora")):
         made_run(tmp_path / name, variant=name)
