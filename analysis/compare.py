@@ -31,7 +31,7 @@ def compare(
     table: Any, rules: Rules, unfinished: Sequence[dict[str, str]] = (), about: Any = None
 ) -> tuple[dict[str, Any], list[Unit]]:
     """The report as plain data (report.json), and the units that it is of."""
-    found = units(table)
+    found = units(table, rules.lower_is_better)
     rows = judge(found, rules)
     curves = panels.curves(found, rules)
     names = sorted({u.variant for u in found})
@@ -43,7 +43,7 @@ def compare(
         "study": about,
         "runs": {"finished": len(table), "diverged": int((table["status"] == "diverged").sum()),
                  "unfinished": list(unfinished)},
-        "notes": notes(found, rows, rules, unfinished),
+        "notes": notes(table, found, rows, rules, unfinished),
         "verdicts": records(rows),
         "learning_rates": curves,
         "winners": panels.winners(curves, rules.baseline),
@@ -63,21 +63,27 @@ def compare(
 
 
 def notes(
+    table: Any,
     found: Sequence[Unit],
     rows: Sequence[Verdict],
     rules: Rules,
     unfinished: Sequence[dict[str, str]],
 ) -> list[str]:
     """What a reader must know of the input before any verdict."""
-    said = []
+    said = [line for line in [load.unsaid(table)] if line]
     scopes = sorted({u.scope for u in found if u.scope})
     if scopes:
         said.append(f"several models or revisions, compared apart: {'; '.join(scopes)}")
-    if all(u.selected.rule == "single rate" for u in found):
+    if all(u.selected.rates == 1 for u in found):
         said.append("one learning rate a variant: nothing here shows that any was tuned")
     elif any(u.selected.rule == "left one out" for u in found):
         said.append("no separate confirmation: each seed is scored at the rate that is best on the "
                     "other seeds, and its interval counts that choice")  # fmt: skip
+    flat = [f"{u.name} on {u.task} ({u.selected.bracket.partition(',')[0]})" for u in found
+            if u.selected.bracket.endswith("within noise")]  # fmt: skip
+    if flat:
+        said.append("best on an edge of its grid, but by no more than noise, so that it counts as "
+                    f"inside: {_some(flat)}")  # fmt: skip
     margins = sorted({r.margin for r in rows if r.margin is not None})
     if margins and rules.margin is None:
         said.append(f"equivalent means within {', '.join(f'{m:g}' for m in margins)}: one point")
@@ -85,7 +91,14 @@ def notes(
         said.append("no margin for a metric without points: --margin says what counts as equal")
     if unfinished:
         said.append(f"{len(unfinished)} runs are not finished and count nowhere")
+    said += [f"left out: {r['error']}" for r in unfinished if r["status"] == "truncated"]
     return said
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first of them, and how many more."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def write(report: dict[str, Any], out: Path) -> Path:
@@ -134,14 +147,17 @@ def write(report: dict[str, Any], out: Path) -> Path:
             + _friedman(report, html)
             + html.figures(drawn(charts.profiles(report["profiles"], base)))),
         ("Stability", html.table(report["stability"])),
-        ("Fairness", html.paragraph("In red: what is unlike the baseline's; trained numbers may "
-                                    "differ by 2 %.") + html.table(report["fairness"])),
+        ("Fairness", _departures(study, html)
+            + html.paragraph("In red: what is unlike the baseline's; trained numbers may differ by "
+                             "2 %.") + html.table(report["fairness"])),
         ("Not finished", html.table(report["runs"]["unfinished"])),
         ("Provenance", html.table([{"what": k, "values": v, "unlike": ["values"] if len(v) > 1
                                     and k in ("model_hash", "code", "packages") else []}
                                    for k, v in report["provenance"].items()])),
     ]  # fmt: skip
-    title = f"Against tuned {base}: {report['runs']['finished']} runs"
+    tried = [len(r["lr"]) for r in report["learning_rates"] if r["variant"] == base]
+    tuned = "tuned " if min(tried) > 1 else ""
+    title = f"Against {tuned}{base}: {report['runs']['finished']} runs"
     part = out / "index.html.part"
     part.write_text(html.page(title, lead, sections))
     part.replace(out / "index.html")
@@ -152,12 +168,23 @@ def _verdicts(report: dict[str, Any], html: Any) -> str:
     rows = report["verdicts"]
     told = html.paragraph(
         "Effects are paired differences in the metric's own unit, positive where the variant is "
-        "better; p is adjusted over the variants (Holm). naive: the best mean of all rates, "
-        "corrected: what is reported."
+        "better; p is adjusted over the variants (Holm). naive: the best mean score of all rates "
+        "tried, corrected: what is reported."
     )
     more = ("reason", "baseline_corrected", "detectable", "unreachable", "seeds_needed")
-    more += ("improvement", "mcnemar", "notes")
+    more += ("bracket", "baseline_bracket", "improvement", "mcnemar", "notes")
     return told + html.table(rows, _keys(rows, ("scope", *cells.VERDICTS[:-1], *more)))
+
+
+def _departures(study: dict[str, Any] | None, html: Any) -> str:
+    """What the study's ledger says of itself."""
+    lines = (study or {}).get("departures")
+    if lines is None:
+        return ""
+    if not lines:
+        return html.paragraph("The study's ledger names no departure from the protocol.")
+    return "".join(f'<p class="red">{html.escaped(f"Less than the protocol: {line}.")}</p>'
+                   for line in lines)  # fmt: skip
 
 
 def _keys(rows: Sequence[dict[str, Any]], wanted: Sequence[str]) -> list[str]:
@@ -170,7 +197,7 @@ def _widths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {"variant": r["variant"], "rank": r["rank"], "task": r["task"], "chosen": r["chosen"],
          "rule": r["rule"], "bracket": r["bracket"], "usable decades": r["width"],
          "rates": len(r["lr"]), "diverged": sum(r["diverged"]),
-         "unlike": ["bracket"] if "edge" in r["bracket"] else []}
+         "unlike": ["bracket"] if r["bracket"].endswith("edge") else []}
         for r in rows
     ]  # fmt: skip
 
@@ -221,10 +248,14 @@ def read(given: argparse.Namespace) -> tuple[Any, list[dict[str, str]], dict[str
 
 
 def study_of(paths: Sequence[str]) -> dict[str, Any] | None:
-    """What the one study of these folders froze: question, tier, margin, baseline."""
-    found = [json.loads((Path(p) / "study.json").read_text()) for p in paths
-             if (Path(p) / "study.json").is_file()]  # fmt: skip
-    return found[0] if len(found) == 1 else None
+    """What the one study of these folders froze: question, tier, margin, baseline; and where it did
+    less than a comparison should: the `departures` of its ledger, None without a ledger."""
+    found = [Path(p).expanduser() for p in paths]
+    found = [p for p in found if (p / "study.json").is_file()]
+    if len(found) != 1:
+        return None
+    ledger = load.read(found[0] / "ledger.json")
+    return load.read(found[0] / "study.json") | {"departures": ledger and ledger["departures"]}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -262,7 +293,8 @@ def _main(given: argparse.Namespace, defaults: Any) -> int:
         raise load.Unreadable(f"--margin {given.margin}: a positive number")
     table, unfinished, study = read(given)
     known = study or {}
-    level = float(given.level or known.get("level") or defaults.level)
+    level = float(next(v for v in (given.level, known.get("level"), defaults.level)
+                       if v is not None))  # fmt: skip
     if not 0 < level < 1:
         raise load.Unreadable(f"--level {level}: between 0 and 1")
     margin = given.margin if given.margin is not None else known.get("margin")

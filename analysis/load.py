@@ -27,6 +27,10 @@ class Unreadable(ValueError):
     """A folder or table that cannot be compared; the message names what and where."""
 
 
+class Truncated(Unreadable):
+    """A file that was cut short, or is not json."""
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether less of the metric is better."""
     return metric in LOWER
@@ -42,11 +46,14 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
             raise Unreadable(f"{path}: no such folder")
         for folder in _folders(top):
             found = True
-            result = _json(folder / "result.json")
-            if result is None:
-                unfinished.append(_state(folder))
-            else:
-                rows.append(_row(folder, result))
+            try:
+                result = read(folder / "result.json")
+                if result is None:
+                    unfinished.append(_state(folder))
+                else:
+                    rows.append(_row(folder, result))
+            except Truncated as error:
+                unfinished.append({"run": folder.name, "status": "truncated", "error": str(error)})
     if not rows:
         what = f"{len(unfinished)} unfinished runs" if found else "no run folders"
         raise Unreadable(f"{', '.join(map(str, paths))}: {what}, and no finished one")
@@ -58,34 +65,42 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
 
 
 def _folders(top: Path) -> list[Path]:
-    """The run folders at or below `top`; those set aside for a new run are left out."""
+    """The run folders at or below `top`; those set aside for a new run are left out, and what lies
+    inside a run is a part of it (`evaluations/`), not another."""
     if (top / "status.json").exists() or (top / "result.json").exists():
         return [top]
     marks = {p.parent for name in ("status.json", "result.json") for p in top.glob(f"**/{name}")}
-    return sorted(p for p in marks if ".old" not in p.name)
+    return sorted(p for p in marks if ".old" not in p.name and marks.isdisjoint(p.parents))
 
 
-def _json(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """The json in a file; None where there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
-        raise Unreadable(f"{path}: truncated, or not json") from None
+        raise Truncated(f"{path}: truncated, or not json") from None
 
 
 def _state(folder: Path) -> dict[str, str]:
-    status = _json(folder / "status.json") or {}
+    status = read(folder / "status.json") or {}
     lines = str(status.get("error") or "").splitlines() or [""]
     return {"run": folder.name, "status": status.get("status", "missing"), "error": lines[0]}
 
 
 def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    from experiments.record import SCHEMA
+
     try:
+        if result["schema"] != SCHEMA:
+            raise Unreadable(f"{folder / 'result.json'}: schema {result['schema']}; this code "
+                             f"reads schema {SCHEMA}")  # fmt: skip
         config, metrics = result["config"], result["metrics"]
         primary = metrics["primary"]
-        env = _json(folder / "env.json") or {}
+        env = read(folder / "env.json") or {}
         old = result.get("forgetting") or {}
+        peak, peak_of = _peak(result["memory"])
         forgotten = None
         if old.get("tuned"):
             forgotten = old["tuned"]["loss"] - old["base"]["loss"]
@@ -115,7 +130,8 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
             "batch_size": config["batch_size"],
             "tokens": result["tokens"]["seen"],
             "flops": _number(result["flops"]),
-            "peak_bytes": result["memory"]["peak_bytes"],
+            "peak_bytes": peak,
+            "peak_of": peak_of,
             "saved_bytes": result["memory"]["saved_activation_bytes"],
             "bits": result["memory"]["stored_bits"],
             "init_s": result["time"]["init_s"],
@@ -132,6 +148,15 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError) as error:
         raise Unreadable(f"{folder / 'result.json'}: no {error} in it") from None
+
+
+def _peak(memory: Mapping[str, Any]) -> tuple[float, str]:
+    """(bytes at most, of what). On a CPU the peak is that of the whole process, its imports and the
+    runs before it included; there the count of one backward says what a variant takes."""
+    of = memory.get("peak_of", "the process")
+    if of == "the process" and memory.get("step_peak_bytes") is not None:
+        return memory["step_peak_bytes"], "tensors of one backward"
+    return memory["peak_bytes"], of
 
 
 def label(config: Mapping[str, Any]) -> str:
@@ -185,13 +210,14 @@ def _revisions(sources: Any) -> list[str]:
 
 
 def csv(path: str | Path) -> Table:
-    """A table with columns variant, lr, seed, task, score; an empty score is a divergence.
+    """A table with columns variant, lr, seed, task, score; a score that is no finite number is a
+    divergence, which `unsaid` marks unless the cell says so: `diverged`.
 
     Optional: rank, model, batch_size, and `items`: a file of that run's scores, one item a line.
     """
     file = Path(path).expanduser()
     try:
-        table: Table = pd.read_csv(file, skipinitialspace=True)
+        table: Table = pd.read_csv(file, skipinitialspace=True, skip_blank_lines=False)
     except (OSError, ValueError) as error:
         raise Unreadable(f"--csv {path}: {' '.join(str(error).split())}") from None
     missing = [name for name in NEEDED if name not in table.columns]
@@ -200,36 +226,65 @@ def csv(path: str | Path) -> Table:
             f"--csv {path}: no column {missing[0]!r}; needed: {', '.join(NEEDED)}; "
             f"there: {', '.join(map(str, table.columns))}"
         )
-    seeds: Table = pd.to_numeric(table["seed"], errors="coerce")
-    for i in table.index[seeds.isna() | (seeds % 1 != 0)]:
-        raise Unreadable(f"--csv {path}, line {i + 2}: seed={table['seed'][i]}: not a whole number")
-    for name in ("lr", "score"):
-        numbers: Table = pd.to_numeric(table[name], errors="coerce")
-        odd = table.index[numbers.isna() & table[name].notna()]
-        odd = [i for i in odd if str(table[name][i]).strip().lower() not in ("nan", "diverged")]
-        if odd:
-            raise Unreadable(f"--csv {path}, line {odd[0] + 2}: {name}={table[name][odd[0]]}: "
-                             f"not a number")  # fmt: skip
-        table[name] = numbers
+    table = table.dropna(how="all")  # blank lines, which the numbers of lines count
     if not len(table):
         raise Unreadable(f"--csv {path}: no rows")
+    for name in ("variant", "task"):
+        table[name] = table[name].astype(object).where(table[name].notna(), "").map(str).str.strip()
+        _refused(path, table, name, table[name] == "", "a name is needed")
+    ends = table["score"].map(str).str.strip().str.lower() == "diverged"
+    odd = {name: _numbers(table, name) for name in ("seed", "lr", "score", "rank")}
+    _refused(path, table, "seed", table["seed"].isna() | (table["seed"] % 1 != 0),
+             "not a whole number")  # fmt: skip
+    _refused(path, table, "lr", odd["lr"], "not a number")
+    _refused(path, table, "lr", ~((table["lr"] > 0) & table["lr"].map(math.isfinite)),
+             "a positive number is needed")  # fmt: skip
+    _refused(path, table, "score", odd["score"] & ~ends, "not a number")
+    _refused(path, table, "rank", odd["rank"] | (table["rank"].notna() & (table["rank"] % 1 != 0)),
+             "not a whole number")  # fmt: skip
     finite = table["score"].map(math.isfinite)
     table = table.assign(
-        variant=table["variant"].astype(str).str.strip(),
-        task=table["task"].astype(str).str.strip(),
         status=["done" if ok else "diverged" for ok in finite],
+        seed=table["seed"].astype(int),
+        unsaid=~finite & ~ends,
         score=table["score"].where(finite),
         source=[f"{file}:{i + 2}" for i in table.index],
         split="test",
         metric="score",
     )
-    for name in ("rank", "model", "batch_size"):
+    for name in ("model", "batch_size"):
         if name not in table:
             table[name] = None
     keys = table[["model", "batch_size"]].astype(object)
     keys = keys.where(keys.notna(), None)
     table["setting"] = [_digest(row) for row in keys.itertuples(index=False)]
     return table
+
+
+def _numbers(table: Table, name: str) -> Any:
+    """Makes a column one of numbers, nan where there is none; which cells have something else."""
+    given = table[name] if name in table else pd.Series(math.nan, table.index)
+    table[name] = numbers = pd.to_numeric(given, errors="coerce")
+    return numbers.isna() & given.notna() & (given.map(str).str.strip().str.lower() != "nan")
+
+
+def _refused(path: str | Path, table: Table, name: str, odd: Any, why: str) -> None:
+    """Names the first line with an odd cell, as it stands in the file."""
+    for i in table.index[odd]:
+        text = pd.read_csv(Path(path).expanduser(), dtype=str, keep_default_na=False,
+                           skip_blank_lines=False, skipinitialspace=True)[name][i]  # fmt: skip
+        raise Unreadable(f"--csv {path}, line {i + 2}: {name}={text}: {why}")
+
+
+def unsaid(table: Table) -> str:
+    """Which lines of a csv have no number as a score, and count as a diverged run; or nothing."""
+    if "unsaid" not in table or not table["unsaid"].any():
+        return ""
+    file, *_ = table["source"].iloc[0].rpartition(":")
+    lines = [source.rpartition(":")[2] for source in table["source"][table["unsaid"]]]
+    more = f" and {len(lines) - 20} more" if len(lines) > 20 else ""
+    return (f"{file}, line{'s' * (len(lines) > 1)} {', '.join(lines[:20])}{more}: no finite number "
+            "as score, counted as a diverged run")  # fmt: skip
 
 
 def wandb(project: str) -> Table:

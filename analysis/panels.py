@@ -16,7 +16,7 @@ import numpy as np
 
 from . import aggregates, stats
 from .load import Table, lower_is_better
-from .verdicts import Rules, Unit
+from .verdicts import Rules, Unit, margin_of
 
 Rows = list[dict[str, Any]]
 COSTS = {
@@ -48,7 +48,7 @@ def curves(units: Sequence[Unit], rules: Rules) -> Rows:
             mean = np.array([_mean(column) for column in own.scores.T])
             sd = np.array([_sd(column) for column in own.scores.T])
         known = np.isfinite(mean)
-        scale = _margin(unit, rules)
+        scale = margin_of([unit], rules)
         found.append({
             "variant": unit.variant, "rank": unit.rank, "task": unit.task, "scope": unit.scope,
             "metric": unit.metric, "lr": own.lrs.tolist(), "mean": _plain(mean), "sd": _plain(sd),
@@ -61,12 +61,6 @@ def curves(units: Sequence[Unit], rules: Rules) -> Rows:
             if known.any() else [],
         })  # fmt: skip
     return found
-
-
-def _margin(unit: Unit, rules: Rules) -> float | None:
-    from .verdicts import _margin as margin
-
-    return margin(list(unit.selected.scores.values()), unit.metric, rules)
 
 
 def _mean(column: Any) -> float:
@@ -148,6 +142,10 @@ def costs(units: Sequence[Unit], rules: Rules) -> Rows:
             "score_interval": _interval(scores), "n": len(scores),
         }  # fmt: skip
         for key in (*COSTS, "forgetting"):
+            if key == "peak_bytes" and key in at:
+                entry["peak_of"] = "; ".join(sorted(set(at["peak_of"])))
+                if ";" in entry["peak_of"]:
+                    continue  # nothing of which there is a median
             if key in at and at[key].notna().any():
                 values = at[key].astype(float).dropna().to_numpy()
                 entry[key] = float(np.median(values))
@@ -172,6 +170,11 @@ def _disk(source: str) -> int:
         return 0
 
 
+def alike(found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether peaks of memory are of the same: a process is no match for a count of tensors."""
+    return len({entry.get("peak_of") for entry in found}) == 1
+
+
 def fronts(found: Rows) -> Rows:
     """Which variants no other beats on quality and a cost, by task and cost."""
     rows = []
@@ -181,7 +184,7 @@ def fronts(found: Rows) -> Rows:
     for (scope, task), here in groups.items():
         for cost in ("forgetting", "peak_bytes", "train_s", "trained", "disk_bytes"):
             known = [e for e in here if e.get(cost) is not None and e["score"] is not None]
-            if len(known) < 2:
+            if len(known) < 2 or (cost == "peak_bytes" and not alike(known)):
                 continue
             best = aggregates.front([(e[cost], e["sign"] * e["score"]) for e in known])
             rows.append({

@@ -44,8 +44,8 @@ class Selected:
     scores: dict[int, float]  # by seed: confirmed on test, or left one out
     sources: dict[int, str]  # of those runs
     rule: str  # confirmed, left one out, single rate
-    naive: float  # the best mean over the tuning runs, as papers report it
-    bracket: str  # inside, edge (low or high), one rate
+    naive: float  # the best mean score of all rates that were tried, as papers report it
+    bracket: str  # inside, low or high edge, the same `within noise`, one rate, all diverged
     trials: int  # runs that the choice has seen
     rates: int
     diverged: int  # among all of them
@@ -58,10 +58,10 @@ class Selected:
         return float(np.mean(list(self.scores.values()))) if self.scores else math.nan
 
 
-def curve(rows: Table, by: str) -> Curve:
-    """The table of one variant's runs: rates by seeds; `by` is `loss` or `score`."""
-    metric = rows["metric"].iloc[0]
-    sign = 1.0 if by == "loss" or lower_is_better(metric) else -1.0
+def curve(rows: Table, by: str, lower: bool) -> Curve:
+    """The table of one variant's runs: rates by seeds; `by` is `loss` or `score`, of which less is
+    better where `lower`."""
+    sign = 1.0 if by == "loss" or lower else -1.0
     seeds, lrs = sorted(rows["seed"].unique()), np.array(sorted(rows["lr"].unique()), dtype=float)
     criterion = np.full((len(seeds), len(lrs)), np.nan)
     scores = np.full_like(criterion, np.nan)
@@ -137,8 +137,9 @@ def _shrunk(values: Array, mean: Array) -> Array:
 def bracket(criterion: Array) -> str:
     """Whether the best rate lies inside the grid, or on an edge that the grid should go beyond.
 
-    An edge that does not beat its neighbour by more than noise explains is no edge: the curve is
-    flat there, and a next step would gain less than the last one did. One seed tells no noise.
+    An edge that does not beat its neighbour by more than noise explains is `within noise`, and no
+    edge to a verdict: the curve is flat there, and a next step would gain less than the last one
+    did. One seed tells no noise.
     """
     if criterion.shape[1] == 1:
         return "one rate"
@@ -154,7 +155,7 @@ def bracket(criterion: Array) -> str:
     whole = criterion[:, np.isfinite(criterion).all(axis=0)]
     free = (whole.shape[0] - 1) * (whole.shape[1] - 1)
     if free > 0 and gain <= t_quantile(0.975, free) * math.sqrt(2 * noise(whole)):
-        return "inside"
+        return f"{side}, within noise"
     return side
 
 
@@ -166,19 +167,21 @@ def noise(values: Array) -> float:
     return float((rest**2).sum()) / ((seeds - 1) * (rates - 1)) / seeds
 
 
-def select(rows: Table) -> Selected:
-    """The choice for one variant at one rank on one task in one setting."""
+def select(rows: Table, lower: bool | None = None) -> Selected:
+    """The choice for one variant at one rank on one task in one setting; `lower`: less of the
+    score is better, by the metric's name where None."""
+    lower = lower_is_better(rows["metric"].iloc[0]) if lower is None else lower
     tuning, test = rows[rows["split"] != "test"], rows[rows["split"] == "test"]
     if len(tuning) and len(test):
-        return _confirmed(rows, tuning, test)
+        return _confirmed(rows, tuning, test, lower)
     only = tuning if len(tuning) else test
     by_loss = len(tuning) > 0 and "loss" in only and bool(only["loss"].notna().any())
-    return _left_out(only, "loss" if by_loss else "score")
+    return _left_out(only, "loss" if by_loss else "score", lower)
 
 
-def _confirmed(rows: Table, tuning: Table, test: Table) -> Selected:
-    found = curve(tuning, "loss")
-    lr, naive, notes = _best(found)
+def _confirmed(rows: Table, tuning: Table, test: Table, lower: bool) -> Selected:
+    found = curve(tuning, "loss", lower)
+    lr, naive, notes = _best(found, lower)
     confirmed = test[np.isclose(test["lr"].astype(float), lr, rtol=1e-6)]
     elsewhere = sorted(set(test["lr"]) - set(confirmed["lr"]))
     if elsewhere:
@@ -197,17 +200,17 @@ def _confirmed(rows: Table, tuning: Table, test: Table) -> Selected:
     )  # fmt: skip
 
 
-def _left_out(rows: Table, by: str) -> Selected:
-    found = curve(rows, by)
+def _left_out(rows: Table, by: str, lower: bool) -> Selected:
+    found = curve(rows, by, lower)
     sources = {}
     if len(found.lrs) == 1:
         sources = {int(row.seed): str(row.source) for row in rows.itertuples(index=False)}
-    return from_curve(found, lower_is_better(rows["metric"].iloc[0]), sources)
+    return from_curve(found, lower, sources)
 
 
 def from_curve(found: Curve, lower: bool, sources: dict[int, str] | None = None) -> Selected:
     """The choice where one kind of score is all there is."""
-    lr, naive, notes = _best(found)
+    lr, naive, notes = _best(found, lower)
     if len(found.lrs) == 1:
         reported, rule = found.scores[:, 0], "single rate"
     else:
@@ -229,10 +232,16 @@ def from_curve(found: Curve, lower: bool, sources: dict[int, str] | None = None)
     )  # fmt: skip
 
 
-def _best(found: Curve) -> tuple[float, float, list[str]]:
-    """(the best rate, the mean score there, notes)."""
+def _best(found: Curve, lower: bool) -> tuple[float, float, list[str]]:
+    """(the best rate, the best mean score of any rate at which no run diverged, notes).
+
+    The two are of different rates where the loss that chooses and the score disagree.
+    """
     values = means(found.criterion)
     if not np.isfinite(values).any():
         return float(found.lrs[0]), math.nan, ["every rate diverged"]
-    best = int(np.argmin(values))
-    return float(found.lrs[best]), float(np.nanmean(found.scores[:, best])), []
+    whole = (~np.isinf(found.criterion) & np.isfinite(found.scores)).any(axis=0)
+    whole &= ~np.isinf(found.criterion).any(axis=0)
+    tried = [float(np.nanmean(column)) for column in found.scores[:, whole].T]
+    naive = (min if lower else max)(tried, default=math.nan)
+    return float(found.lrs[int(np.argmin(values))]), naive, []

@@ -34,6 +34,7 @@ Blocks = Sequence[Array]
 EXACT_UP_TO = 16  # blocks: 2^15 flips; above, drawn ones
 DRAWN = 20_000  # flips, and the p-value counts the observed one among them
 TIE = 1e-9  # relative: sums of the same numbers in another order
+AGREE = 4  # blocks of a task, from which on equal differences say that there is little spread
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,35 @@ def standard_error(
     return math.sqrt(variance) / len(blocks), df
 
 
+def agree(blocks: Blocks) -> bool:
+    """Whether the differences of two or three blocks a task are the same: by chance, as those of
+    few items may be, so that their spread is not zero but unknown.
+
+    >>> agree([np.array([0.5, 0.5])]), agree([np.array([0.5, 0.5, 0.5, 0.5])])
+    (True, False)
+    """
+    fewest = min(len(d) for d in blocks)
+    return 1 < fewest < AGREE and all(np.ptp(d) <= TIE * max(1.0, np.abs(d).max()) for d in blocks)
+
+
 def interval(
     blocks: Blocks, items: Sequence[Array | None] | None = None, level: float = 0.95
 ) -> Interval | None:
-    """Student's interval of the effect; None where a task has one block."""
-    if min(len(d) for d in blocks) < 2:
+    """Student's interval of the effect; None where a task has one block, or where they `agree`.
+
+    With items it is never narrower than that of seeds alone: their variance comes with many
+    degrees of freedom, so that Satterthwaite's rule may take more from the quantile than it adds.
+
+    >>> d = np.array([0.030, 0.032])
+    >>> crossed = interval([d], [d[:, None] + np.linspace(-0.01, 0.01, 200)])
+    >>> crossed.high - crossed.low == interval([d]).high - interval([d]).low
+    True
+    """
+    if min(len(d) for d in blocks) < 2 or agree(blocks):
         return None
-    se, df = standard_error(blocks, items)
-    half = t_quantile(0.5 + level / 2, df) * se
-    mean = effect(blocks)
+    mean, q = effect(blocks), 0.5 + level / 2
+    alone, (se, df) = standard_error(blocks), standard_error(blocks, items)
+    half = max(t_quantile(q, df) * se, t_quantile(q, alone[1]) * alone[0])
     return Interval(mean, se, df, mean - half, mean + half)
 
 
@@ -173,7 +194,7 @@ def bootstrap_interval(
     same ones for all seeds of a draw: they are crossed. Each draw is divided by its own standard
     error of seeds, so that few seeds do not make the interval too short.
     """
-    if min(len(d) for d in blocks) < 2:
+    if min(len(d) for d in blocks) < 2 or agree(blocks):
         return None
     generator = np.random.default_rng(seed)
     mean = effect(blocks)

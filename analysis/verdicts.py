@@ -75,6 +75,8 @@ class Verdict:
     item_wins: list[int] | None = None
     improvement: float | None = None  # probability that a run of it beats one of the baseline
     margin: float | None = None
+    bracket: str = ""  # where in its grid the best rate lies (select.bracket)
+    baseline_bracket: str = ""
     metric: str = ""
     selection: str = ""
     notes: list[str] = field(default_factory=list)
@@ -98,8 +100,9 @@ class Unit:
         return self.variant if self.rank is None else f"{self.variant} r{self.rank}"
 
 
-def units(table: Table) -> list[Unit]:
-    """Every comparable heap of runs; what differs within a task is said in its label."""
+def units(table: Table, lower: bool | None = None) -> list[Unit]:
+    """Every comparable heap of runs; what differs within a task is said in its label. `lower`:
+    less of the score is better, by the metric's name where None."""
     table = _labelled(table)
     found = []
     keys = ["scope", "label", "variant", "rank_key"]
@@ -109,7 +112,7 @@ def units(table: Table) -> list[Unit]:
         trained = rows["trained"].iloc[0] if "trained" in rows else math.nan
         metric = rows["metric"].iloc[0]
         found.append(Unit(variant, None if pd.isna(rank) else int(rank), label, scope, metric,
-                          trained, rows, select(rows)))  # fmt: skip
+                          trained, rows, select(rows, lower)))  # fmt: skip
     return found
 
 
@@ -209,7 +212,7 @@ def _bare(unit: Unit, verdict: str, reason: str) -> Verdict:
     return Verdict(
         unit.variant, unit.task, verdict, reason, rank=unit.rank, scope=unit.scope, lr=own.lr,
         score_naive=_known(own.naive), score_corrected=_known(own.corrected), metric=unit.metric,
-        seeds=len(own.scores), selection=own.rule, notes=list(own.notes),
+        seeds=len(own.scores), bracket=own.bracket, selection=own.rule, notes=list(own.notes),
     )  # fmt: skip
 
 
@@ -280,6 +283,7 @@ def _compared(unit: Unit, base: Unit, rules: Rules) -> _Compared:
         _bare(unit, "", ""),
         baseline=base.name,
         baseline_lr=theirs.lr,
+        baseline_bracket=theirs.bracket,
         baseline_naive=_known(theirs.naive),
         baseline_corrected=_known(theirs.corrected),
         effect_naive=_known(naive),
@@ -287,7 +291,7 @@ def _compared(unit: Unit, base: Unit, rules: Rules) -> _Compared:
         item_wins=wins,
         mcnemar=stats.mcnemar(wins[0], wins[1]) if wins and len(seeds) == 1 else None,
         improvement=_improvement(mine, theirs, sign),
-        margin=_margin([*mine.scores.values(), *theirs.scores.values()], unit.metric, rules),
+        margin=margin_of([unit, base], rules),
         notes=[*mine.notes, *(f"{base.name}: {note}" for note in theirs.notes)],
     )
     problem = _problem(unit, base, seeds)
@@ -356,36 +360,43 @@ def _improvement(mine: Selected, theirs: Selected, sign: float) -> float | None:
     return float(wins)
 
 
-def _margin(scores: Sequence[float], metric: str, rules: Rules) -> float | None:
-    """One point: .01 where all scores are shares. A loss has no points, so no margin of its own."""
+def margin_of(units: Sequence[Unit], rules: Rules) -> float | None:
+    """One point: .01 where all scores are shares, those of the tuning runs as well, as nothing else
+    may be left. A loss has no points, so no margin of its own."""
     if rules.margin is not None:
         return rules.margin
-    if lower_is_better(metric):
+    if any(lower_is_better(u.metric) for u in units):
         return None
-    finite = [s for s in scores if math.isfinite(s)]
-    return 0.01 if finite and all(-1 <= s <= 1 for s in finite) else 1.0
+    known = [u.selected.curve.scores.ravel() for u in units]
+    known += [np.array(list(u.selected.scores.values()), dtype=float) for u in units]
+    scores = np.concatenate(known)
+    scores = scores[np.isfinite(scores)]
+    return 0.01 if len(scores) and bool((np.abs(scores) <= 1).all()) else 1.0
 
 
 def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
     """One row over the tasks of a variant: the mean of their effects."""
     rows = [t.row for t in tasks]
     problems = [f"{t.row.task}: {t.problem}" for t in tasks if t.problem]
-    problem = problems[0] if problems else ""
+    apart = ""  # why a mean over the tasks would say nothing: none is given
     if len({r.metric for r in rows}) > 1 or len({r.margin for r in rows}) > 1:
-        problem = problem or "tasks of different metrics have no common mean"
+        apart = "tasks of different metrics have no common mean"
     bases = [name.split(" (")[0] for name in (r.task for r in rows)]
     if len(set(bases)) < len(bases):
-        problem = problem or "one task in several settings has no common mean"
+        apart = apart or "one task in several settings has no common mean"
+    problem = problems[0] if problems else apart
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [v for v in values if v is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
+        return float(np.mean(known)) if len(known) == len(values) and not apart else None
 
     first = rows[0]
     row = replace(
         first,
         task=ALL,
         lr=first.lr if len({r.lr for r in rows}) == 1 else None,
+        bracket=_all_of([r.bracket for r in rows]),
+        baseline_bracket=_all_of([r.baseline_bracket for r in rows]),
         baseline_lr=first.baseline_lr if len({r.baseline_lr for r in rows}) == 1 else None,
         score_naive=mean([r.score_naive for r in rows]),
         score_corrected=mean([r.score_corrected for r in rows]),
@@ -396,14 +407,21 @@ def _over_all(tasks: Sequence[_Compared], scope: str) -> _Compared:
         seeds=min(r.seeds for r in rows),
         item_wins=None,
         mcnemar=None,
+        margin=None if apart else first.margin,
+        metric="" if apart else first.metric,
         notes=[],
     )
     blocks = [t.blocks[0] for t in tasks if t.blocks]
-    if len(blocks) < len(tasks):
+    if len(blocks) < len(tasks) or apart:
         blocks = []
     drawn = [t.again for t in tasks if t.again is not None]
     again = np.mean(drawn, axis=0) if len(drawn) == len(tasks) else None
     return _Compared(row, blocks, [t.items[0] for t in tasks], problem, again, list(tasks))
+
+
+def _all_of(words: Sequence[str]) -> str:
+    """Each of them once."""
+    return "; ".join(dict.fromkeys(words))
 
 
 def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int) -> Verdict:
@@ -421,10 +439,17 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
         )  # fmt: skip
     spot = stats.interval(blocks, found.items)
     boot = stats.bootstrap_interval(blocks, found.items)
-    shown = spot if min(len(d) for d in blocks) < FEW_SEEDS else boot
+    shown = spot
+    if boot is not None and min(len(d) for d in blocks) >= FEW_SEEDS:
+        shown = _hull(boot, stats.interval(blocks))
     margin = row.margin
     p_same = None if margin is None else stats.equivalence(blocks, margin)
     sd, level = stats.spread(blocks), rules.level / family
+    unknown = ""
+    if stats.agree(blocks):
+        sd, few = math.nan, min(map(len, blocks))
+        unknown = f"the spread over seeds is unknown: the differences of {few} agree"
+        row = replace(row, notes=[*row.notes, unknown])
     if found.again is not None and shown is not None:
         error = float(found.again.std())
         half = max((shown.high - shown.low) / 2, stats.t_quantile(0.975, math.inf) * error)
@@ -456,8 +481,15 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
         )  # fmt: skip
     # the test is about these items; where they are known, the interval is about others like them
     known = any(i is not None for i in found.items)
-    zero = known and shown is not None and shown.low <= 0 <= shown.high
-    return _decided(row, p, p_same, rules, tasks, level, zero)
+    zero = known and (bool(unknown) if shown is None else shown.low <= 0 <= shown.high)
+    return _decided(row, p, p_same, rules, tasks, level, zero, unknown)
+
+
+def _hull(found: stats.Interval, least: stats.Interval | None) -> stats.Interval:
+    """The interval, made no narrower than `least` on either side."""
+    if least is None:
+        return found
+    return replace(found, low=min(found.low, least.low), high=max(found.high, least.high))
 
 
 def _decided(
@@ -468,8 +500,10 @@ def _decided(
     tasks: int,
     level: float,
     zero: bool,
+    unknown: str,
 ) -> Verdict:
-    """`zero`: other items of the kind could turn the effect around."""
+    """`zero`: other items of the kind could turn the effect around; `unknown`: why there is no
+    spread."""
     effect, sd = row.effect or 0.0, math.nan if row.sd is None else row.sd
     if p <= rules.level and effect != 0 and not zero:
         small = row.margin is not None and row.low is not None and row.high is not None
@@ -480,18 +514,22 @@ def _decided(
         return replace(row, verdict="equivalent", reason=f"within {row.margin:g}")
     target = row.margin or abs(effect)
     needed = stats.seeds_needed(target, sd, tasks, level)
+    said = []
     if row.unreachable:
         least = stats.least_p(row.n)
-        reason = f"unreachable: {row.n} paired blocks cannot go below p = {least:.3g}"
+        said.append(f"unreachable: {row.n} paired blocks cannot go below p = {least:.3g}")
+    elif row.detectable is not None:
+        said.append(f"an effect under {row.detectable:.3g} is not found by {row.n} blocks")
     else:
-        reason = f"an effect under {row.detectable:.3g} is not found by {row.n} blocks"
+        unknown = unknown or "the spread over seeds is unknown: one a task"
     if needed:
-        reason += f"; {needed} seeds a task would find {target:.3g}"
+        said.append(f"{needed} seeds a task would find {target:.3g}")
     elif sd > 0:
-        reason += f"; not even {stats.MOST_SEEDS} seeds a task would find {target:.3g}"
-    elif row.unreachable:  # one block: its spread is not known
-        reason += f"; {-(-stats.blocks_needed(level) // tasks)} seeds a task are the least"
-    return replace(row, verdict="inconclusive", reason=reason, seeds_needed=needed)
+        said.append(f"not even {stats.MOST_SEEDS} seeds a task would find {target:.3g}")
+    elif row.unreachable:  # the spread is not known
+        said.append(f"{-(-stats.blocks_needed(level) // tasks)} seeds a task are the least")
+    said += [unknown] if unknown else []
+    return replace(row, verdict="inconclusive", reason="; ".join(said), seeds_needed=needed)
 
 
 def records(rows: Sequence[Verdict]) -> list[dict[str, Any]]:

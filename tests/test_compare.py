@@ -102,6 +102,59 @@ def test_items_widen_an_interval_that_seeds_alone_make_too_short() -> None:
     assert crossed.se == pytest.approx(own.std(ddof=1) / math.sqrt(40), rel=0.05)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_no_interval_is_narrower_than_that_of_seeds(tmp_path: Path, seeds: int) -> None:
+    """Student's (scipy) over the seeds, with items that all runs share; also after twenty seeds."""
+    from scipy.stats import t
+
+    generator, lines, runs = np.random.default_rng(7), ["variant,lr,seed,task,score,items"], {}
+    can = generator.random(500) < 0.6
+    for name, own in (("lora", can), ("x", can ^ (generator.random(500) < 0.05))):
+        for seed in range(seeds):
+            hits = own ^ (generator.random(500) < 0.05)
+            file = tmp_path / f"{name}-{seed}.jsonl"
+            file.write_text("\n".join(str(int(hit)) for hit in hits))
+            runs[name, seed] = hits.mean()
+            lines.append(f"{name},1e-4,{seed},t,{hits.mean()},{file}")
+    (tmp_path / "items.csv").write_text("\n".join(lines))
+    row = judged(tmp_path / "items.csv", margin=1.0)["x"]
+    d = np.array([runs["x", s] - runs["lora", s] for s in range(seeds)])
+    low, high = t.interval(0.95, seeds - 1, d.mean(), d.std(ddof=1) / math.sqrt(seeds))
+    assert row.low is not None and row.high is not None
+    assert row.low <= low + 1e-9
+    assert row.high >= high - 1e-9
+
+
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_differences_that_agree_have_no_known_spread(tmp_path: Path, tasks: int) -> None:
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,{s},t{k},{0.5 + 0.031 * (v == 'x') * (-1) ** k + s / 7}"
+              for v in ("lora", "x") for s in range(2) for k in range(tasks)]  # fmt: skip
+    (tmp_path / "same.csv").write_text("\n".join(lines))
+    found = verdicts.judge(verdicts.units(load.csv(tmp_path / "same.csv")), Rules("lora"))
+    for row in found:
+        assert (row.low, row.high, row.sd, row.detectable) == (None, None, None, None)
+        assert row.verdict in ("inconclusive", "equivalent")
+        assert "the spread over seeds is unknown: the differences of 2 agree" in row.notes
+    assert "the differences of 2 agree" in found[-1].reason
+    four = [line.replace(",0,t", ",2,t") for line in lines[1:] if ",0,t" in line]
+    four += [line.replace(",0,t", ",3,t") for line in lines[1:] if ",0,t" in line]
+    (tmp_path / "same.csv").write_text("\n".join([*lines, *four]))
+    rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "same.csv")), Rules("lora"))
+    assert all(row.low is not None and row.sd is not None for row in rows)
+
+
+def test_one_seed_of_many_tasks_is_told_apart_or_not(tmp_path: Path) -> None:
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,0,t{k},{50 + 9 * (v == 'x') * (-1) ** k}" for v in ("lora", "x")
+              for k in range(7)]  # fmt: skip
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    found = verdicts.judge(verdicts.units(load.csv(tmp_path / "one.csv")), Rules("lora"))
+    row = next(row for row in found if row.task == verdicts.ALL)
+    assert (row.verdict, row.low) == ("inconclusive", None)
+    assert "one a task" in row.reason
+
+
 def test_choosing_on_what_is_reported_is_corrected() -> None:
     draws = [np.random.default_rng(i).normal(size=(6, 7)) for i in range(300)]
     naive = np.mean([d.mean(axis=0).max() for d in draws])
@@ -138,6 +191,20 @@ def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
     row = judged(file)["x"]
     assert row.seeds_needed is None
     assert "not even 200 seeds" in row.reason
+
+
+@pytest.mark.parametrize(("scale", "margin"), [(1, 0.01), (100, 1.0)])
+def test_a_point_is_known_where_nothing_is_left_to_score(
+    tmp_path: Path, scale: int, margin: float
+) -> None:
+    """One seed, three rates: the only scores are those that the rate was chosen on."""
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},{lr},0,t,{scale * score}" for v in ("lora", "x")
+              for lr, score in (("1e-5", 0.5), ("1e-4", 0.7), ("1e-3", 0.6))]  # fmt: skip
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    report, _ = compare(load.csv(tmp_path / "one.csv"), Rules("lora"))
+    assert report["verdicts"][0]["margin"] == margin
+    assert all(0.1 < row["width"] < 0.5 for row in report["learning_rates"])
 
 
 @pytest.mark.parametrize(("seeds", "said"), [(3, "inconclusive"), (4, "better")])
@@ -183,8 +250,31 @@ def test_a_flat_curve_has_no_edge() -> None:
     flat = np.where(np.arange(5) == 4, -0.01, 0.0) + 0.2 * generator.normal(size=(6, 5))
     rising = -np.arange(5.0) + 0.05 * generator.normal(size=(6, 5))
     assert bracket(flat) == "inside"
+    level = flat - flat.mean(axis=0) - 0.01 * (np.arange(5) == 4)
+    assert bracket(level) == "high edge, within noise"
+    assert bracket(level[:, ::-1]) == "low edge, within noise"
     assert bracket(rising) == "high edge"
     assert bracket(-rising) == "low edge"
+
+
+def test_an_edge_within_noise_is_said_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator, lines = np.random.default_rng(1), ["variant,lr,seed,task,score"]
+    for name in ("lora", "dora"):
+        lines += [f"{name},{lr},{seed},math,{50 + (lr == '1e-3') * 0.05 + generator.normal()}"
+                  for seed in range(8) for lr in ("1e-5", "1e-4", "1e-3")]  # fmt: skip
+    (tmp_path / "flat.csv").write_text("\n".join(lines))
+    assert main(["--csv", str(tmp_path / "flat.csv"), "--margin", "5",
+                 "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = report["verdicts"]
+    brackets = [row["bracket"], row["baseline_bracket"]]
+    assert any(text.endswith("edge, within noise") for text in brackets)
+    assert row["verdict"] != "not comparable"
+    told = "by no more than noise"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_models_and_budgets_are_compared_apart(tmp_path: Path) -> None:
@@ -200,6 +290,9 @@ def test_models_and_budgets_are_compared_apart(tmp_path: Path) -> None:
     rows = verdicts.judge(verdicts.units(load.csv(tmp_path / "results.csv")), Rules("lora"))
     head = [row for row in rows if row.task == verdicts.ALL]
     assert {row.verdict for row in head} == {"not comparable"}
+    means = ("effect", "low", "high", "effect_naive", "score_naive", "score_corrected",
+             "baseline_naive", "baseline_corrected", "improvement", "margin")  # fmt: skip
+    assert {getattr(row, name) for row in head for name in means} == {None}
     assert {row.task for row in rows} > {"math (batch 8)", "math (batch 16)"}
 
 
@@ -282,6 +375,124 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
 
 
+def test_naive_is_the_best_mean_score_of_all_rates(tmp_path: Path) -> None:
+    """At a rate that the loss does not choose; a rate with a diverged run is none."""
+    tried = {1e-4: (1.2, 0.95), 1e-3: (1.0, 0.9), 1e-2: (1.5, 0.2)}
+    for name in ("lora", "dora"):
+        for lr, (loss, score) in tried.items():
+            for seed in range(2):
+                made_run(tmp_path / f"{name}-{lr}-{seed}", variant=name, lr=lr, seed=seed,
+                         loss=loss, score=score - 0.1 * seed)  # fmt: skip
+        for seed, status in enumerate(("done", "diverged")):
+            made_run(tmp_path / f"{name}-far-{seed}", variant=name, lr=1e-1, seed=seed, loss=3.0,
+                     score=1.0, status=status)  # fmt: skip
+        made_run(tmp_path / f"{name}-test", variant=name, seed=9, split="test", score=0.5)
+    (row,) = verdicts.judge(verdicts.units(load.runs([tmp_path])[0]), Rules("lora"))
+    assert row.lr == 1e-3
+    assert (row.score_naive, row.baseline_naive) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert row.score_corrected == 0.5
+
+
+def test_less_is_better_also_when_a_rate_is_chosen(tmp_path: Path) -> None:
+    head, *lines = table(tmp_path).read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    rows = [[*row[:4], f"{100 - float(row[4]):.3f}"] for row in rows]
+    (tmp_path / "errors.csv").write_text("\n".join([head, *map(",".join, rows)]))
+    more, less = (load.csv(tmp_path / f"{name}.csv") for name in ("results", "errors"))
+    one = compare(more, Rules("lora", margin=1.0))[0]["verdicts"]
+    two = compare(less, Rules("lora", margin=1.0, lower_is_better=True))[0]["verdicts"]
+    for a, b in zip(one, two, strict=True):
+        assert (a["verdict"], a["lr"]) == (b["verdict"], b["lr"])
+        assert a["effect"] == pytest.approx(b["effect"])
+        assert a["score_naive"] == pytest.approx(100 - b["score_naive"])
+
+
+def test_what_lies_inside_a_run_is_no_run(tmp_path: Path) -> None:
+    """`python -m experiments.evaluate RUN` leaves a result of its own kind there."""
+    for name in ("lora", "dora"):
+        made_run(tmp_path / "study" / name, variant=name)
+        inside = tmp_path / "study" / name / "evaluations" / "skills-test"
+        inside.mkdir(parents=True)
+        (inside / "result.json").write_text(json.dumps({"tuned": {"loss": 1.0}}))
+    found, unfinished = load.runs([tmp_path])
+    assert sorted(found["run"]) == ["dora", "lora"]
+    assert unfinished == []
+
+
+def test_memory_on_a_cpu_is_that_of_a_step_where_it_was_counted(tmp_path: Path) -> None:
+    """Else that of the process, and the two are not put into one front."""
+
+    def costs(**memory: dict[str, Any]) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+        for name, more in memory.items():
+            file = tmp_path / name / "result.json"
+            if not file.exists():
+                made_run(file.parent, variant=name)
+            result = json.loads(file.read_text())
+            result["memory"] = {"peak_bytes": 900, "saved_activation_bytes": 5,
+                                "stored_bits": 32.0} | more  # fmt: skip
+            file.write_text(json.dumps(result))
+        report, _ = compare(load.runs([tmp_path])[0], Rules("lora"))
+        fronts = [r["cost"] for r in report["fronts"]]
+        return {r["variant"]: (r["peak_bytes"], r["peak_of"]) for r in report["costs"]}, fronts
+
+    cpu = {"peak_of": "the process", "step_peak_bytes": 20}
+    gpu = {"peak_of": "tensors on the GPU", "step_peak_bytes": 20}
+    found, fronts = costs(lora=cpu, dora=cpu | {"step_peak_bytes": 30})
+    one = "tensors of one backward"
+    assert found == {"lora": (20, one), "dora": (30, one)}
+    assert "peak_bytes" in fronts
+    found, fronts = costs(lora=gpu, dora={"step_peak_bytes": None})
+    assert found == {"lora": (900, "tensors on the GPU"), "dora": (900, "the process")}
+    assert "peak_bytes" not in fronts
+
+
+def test_a_truncated_result_is_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lora", "dora", "cut"):
+        made_run(tmp_path / "runs" / name, variant="lora" if name == "cut" else name)
+    file = tmp_path / "runs" / "cut" / "result.json"
+    file.write_text(file.read_text()[:100])
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["runs"]["finished"] == 2
+    assert [(r["run"], r["status"]) for r in report["runs"]["unfinished"]] == [("cut", "truncated")]
+    told = f"left out: {file}: truncated, or not json"
+    assert told in "".join(report["notes"])
+    assert told.replace(" ", "") in "".join(capsys.readouterr().out.split())
+
+
+def test_a_result_of_another_schema_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_run(tmp_path / "runs" / "lora")
+    file = tmp_path / "runs" / "lora" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 2}))
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {file}: schema 2; this code reads schema 1" in capsys.readouterr().err
+
+
+def test_departures_of_a_study_stand_above_its_fairness(tmp_path: Path) -> None:
+    for name in ("lora", "dora"):
+        made_run(tmp_path / "mine" / name, variant=name)
+    (tmp_path / "mine" / "study.json").write_text(json.dumps({"name": "mine", "hash": "1"}))
+    folder, page = str(tmp_path / "mine"), tmp_path / "out" / "index.html"
+    assert main([folder, "--out", str(tmp_path / "out")]) == 0
+    assert "protocol" not in page.read_text()
+    for lines in (["no anchor full, <b>", "no stage 2"], []):
+        (tmp_path / "mine" / "ledger.json").write_text(json.dumps({"departures": lines}))
+        assert main([folder, "--out", str(tmp_path / "out")]) == 0
+        text = page.read_text()
+        above = text[text.index("<h2>Fairness") : text.index("In red: what is unlike")]
+        if lines:
+            assert "Less than the protocol: no anchor full, &lt;b&gt;." in above
+            assert "Less than the protocol: no stage 2." in above
+        else:
+            assert "names no departure" in above
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["study"]["departures"] == lines
+
+
 def test_other_code_is_another_scope(tmp_path: Path) -> None:
     for i, name in enumerate(("lora", "dora")):
         made_run(tmp_path / name, variant=name)
@@ -303,8 +514,15 @@ def test_other_code_is_another_scope(tmp_path: Path) -> None:
         (["--csv", "bad.csv"], "no column 'lr'"),
         (["--csv", "odd.csv"], "odd.csv, line 2: score=high: not a number"),
         (["--csv", "text.csv"], "text.csv, line 2: seed=mean of 3: not a whole number"),
+        (["--csv", "zero.csv"], "zero.csv, line 4: lr=0: a positive number is needed"),
+        (["--csv", "less.csv"], "less.csv, line 2: lr=-1e-3: a positive number is needed"),
+        (["--csv", "no_lr.csv"], "no_lr.csv, line 2: lr=: a positive number is needed"),
+        (["--csv", "name.csv"], "name.csv, line 2: variant=: a name is needed"),
+        (["--csv", "task.csv"], "task.csv, line 2: task=: a name is needed"),
+        (["--csv", "rank.csv"], "rank.csv, line 2: rank=r8: not a whole number"),
         (["--csv", "results.csv", "--baseline", "loraa"], "--baseline loraa: no run of it here"),
         (["--csv", "results.csv", "--margin", "-1"], "--margin -1.0: a positive number"),
+        (["--csv", "results.csv", "--level", "0"], "--level 0.0: between 0 and 1"),
         (["--wandb", "project"], "ENTITY/PROJECT"),
     ],
 )
@@ -319,12 +537,35 @@ def test_bad_input_is_one_line(
     table(tmp_path)
     Path("bad.csv").write_text("variant,seed\nlora,1\n")
     Path("odd.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,0,t,high\n")
+    head, good = "variant,lr,seed,task,score\n", "lora,1e-3,0,t,1\n"
+    Path("zero.csv").write_text(f"{head}{good}\nlora,0,0,t,1\n")
+    Path("less.csv").write_text(f"{head}lora,-1e-3,0,t,1\n{good}")
+    Path("no_lr.csv").write_text(f"{head}lora,,0,t,1\n{good}")
+    Path("name.csv").write_text(f"{head} ,1e-3,0,t,1\n{good}")
+    Path("task.csv").write_text(f"{head}lora,1e-3,0,,1\n{good}")
+    Path("rank.csv").write_text("rank,variant,lr,seed,task,score\nr8,lora,1e-3,0,t,1\n")
     Path("text.csv").write_text("variant,lr,seed,task,score\nlora,1e-3,mean of 3,t,1\n")
     assert main([*words, "--out", "report"]) == 1
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
     assert not Path("report").exists()
+
+
+def test_a_score_that_is_no_number_counts_as_diverged_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = table(tmp_path).read_text().splitlines()
+    lines.insert(1, "")  # a blank line counts as one
+    for place, text in ((2, ""), (3, "n/a"), (5, "inf"), (6, "nan"), (7, "diverged")):
+        lines[place] = f"{lines[place].rpartition(',')[0]},{text}"
+    file = tmp_path / "lost.csv"
+    file.write_text("\n".join(lines))
+    assert main(["--csv", str(file), "--out", str(tmp_path / "out")]) == 0
+    told = "lines 3, 4, 6, 7: no finite number as score, counted as a diverged run"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert told in (tmp_path / "out" / "index.html").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"]["diverged"] == 5
 
 
 def test_a_wandb_project_is_read_as_the_tracker_wrote_it(
@@ -357,6 +598,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     assert main(["--csv", str(table(folder)), "--out", str(folder / "report")]) == 0
     return folder / "report"
+
+
+def test_tuned_is_said_where_rates_were_tried(report: Path, tmp_path: Path) -> None:
+    assert "<h1>Against tuned lora: 400 runs</h1>" in (report / "index.html").read_text()
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"{v},1e-4,{s},t,{50 + s / 10}" for v in ("lora", "x") for s in range(3)]
+    (tmp_path / "one.csv").write_text("\n".join(lines))
+    assert main(["--csv", str(tmp_path / "one.csv"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h1>Against lora: 6 runs</h1>" in page
+    assert "nothing here shows that any was tuned" in page
 
 
 def test_every_file_is_there(report: Path) -> None:
