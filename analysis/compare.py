@@ -15,8 +15,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and find_spec("pandas") is None:
+    sys.exit("error: reports need pandas, which is not installed here: pip install -c "
+             "constraints.txt -e '.[report]'")  # fmt: skip
 
 from . import cells, load, panels
 from .verdicts import Rules, Unit, Verdict, judge, records, units
