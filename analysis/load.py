@@ -264,7 +264,8 @@ def csv(path: str | Path) -> Table:
 def _numbers(table: Table, name: str) -> Any:
     """Makes a column one of numbers, nan where there is none; which cells have something else."""
     given = table[name] if name in table else pd.Series(math.nan, table.index)
-    table[name] = numbers = pd.to_numeric(given, errors="coerce")
+    numbers: Table = pd.to_numeric(given, errors="coerce")
+    table[name] = numbers
     return numbers.isna() & given.notna() & (given.map(str).str.strip().str.lower() != "nan")
 
 

@@ -561,7 +561,8 @@ def test_a_score_that_is_no_number_counts_as_diverged_and_is_said(
         lines[place] = f"{lines[place].rpartition(',')[0]},{text}"
     file = tmp_path / "lost.csv"
     file.write_text("\n".join(lines))
-    assert main(["--csv", str(file), "--out", str(tmp_path / "out")]) == 0
+    words = ["--csv", str(file), "--margin", "5", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
     told = "lines 3, 4, 6, 7: no finite number as score, counted as a diverged run"
     assert told in " ".join(capsys.readouterr().out.split())
     assert told in (tmp_path / "out" / "index.html").read_text()
