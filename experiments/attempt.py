@@ -23,7 +23,7 @@ from . import isolate
 from .config import restored, settings_of
 from .parallel import Team, team, who
 from .provenance import sources
-from .record import NOT_AGAIN, Terminated
+from .record import NOT_AGAIN, NotHere, Terminated
 from .tasks import BadInput
 
 STOP = "LORA_STOP"  # the file, in a job's environment, whose being there asks it to stop
@@ -118,7 +118,12 @@ def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None)
         line["error"] = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
         if folder is None and not isinstance(error, EXPECTED):
             traceback.print_exc()  # else it is in run.log
-        if folder is not None and (known or folder.status.get("status") != "failed"):
+        lacking = isinstance(error, NotHere)
+        if (
+            folder is not None
+            and not lacking
+            and (known or folder.status.get("status") != "failed")
+        ):
             with contextlib.suppress(OSError):  # a full disk, which may be what it failed of
                 folder.ended(line["status"], line["error"], sources())
         return line

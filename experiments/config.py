@@ -159,12 +159,13 @@ OUTSIDE = ("track", "sweep", "device", "out_dir", "study", "dry", "rerun")
 # `parallel`, and how many processes there are, change sums by their rounding and the masks of
 # dropout by their draws, as `device` does.
 OUTSIDE_TRAIN = ("checkpoint_every", "log_every", "parallel")
+MODES = ("auto", "online", "offline", "disabled")
 CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.autocast": ("none", "bf16"),
     "train.parallel": ("ddp", "fsdp"),
     "eval.split": ("validation", "test"),
-    "track.mode": ("auto", "online", "offline", "disabled"),
+    "track.mode": MODES,
     "model.dtype": ("fp32", "bf16", "fp16"),
 }
 AGAIN = ("failed", "refused", "stale", "done", "diverged")  # states that sweep.retry takes
@@ -245,6 +246,7 @@ def twin(task: type[Task]) -> Any:
 def settings_of(cfg: DictConfig) -> Settings:
     """The composed configuration as typed objects, with choices checked and defaults filled in."""
     _refuse_unknown(cfg, "")
+    check_outside(cfg)
     settings: Settings = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     settings.task = _task(settings.task)
     settings.model = _model(settings.model)
@@ -263,6 +265,25 @@ def settings_of(cfg: DictConfig) -> Settings:
     settings.sweep.retry = states_of(settings.sweep.retry)
     _check_numbers(settings)
     return settings
+
+
+def check_outside(cfg: DictConfig) -> None:
+    """The keys of OUTSIDE, of which a run's folder knows nothing; a sweep asks before it plans.
+
+    Whether a device is there is for the machine to say that runs it.
+    """
+    seconds("sweep.time_limit", cfg.sweep.time_limit)
+    states_of(cfg.sweep.retry)
+    if not 0 < cfg.sweep.grace < math.inf:
+        raise BadInput(f"sweep.grace={cfg.sweep.grace}: a positive number")
+    if cfg.track.mode not in MODES:
+        raise BadInput(f"track.mode={cfg.track.mode}: choices: {', '.join(MODES)}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise BadInput(f"device={cfg.device}: choices: auto, cpu, cuda, cuda:N")
+    if not cfg.out_dir.strip():
+        raise BadInput("out_dir=: the name of a folder")
+    if cfg.study is not None and (not cfg.study.strip() or Path(cfg.study).name != cfg.study):
+        raise BadInput(f"study={cfg.study}: the name of one folder inside out_dir")
 
 
 def _targets(given: Any) -> str | list[str] | None:
@@ -305,7 +326,7 @@ def seconds(key: str, value: Any) -> float | None:
 
 def states_of(value: Any) -> list[str]:
     """`sweep.retry` as a list."""
-    found: list[str] = [value] if isinstance(value, str) else list(value or ())
+    found: list[Any] = [value] if isinstance(value, str | int | float) else list(value or ())
     for state in found:
         if state not in AGAIN:
             raise BadInput(f"sweep.retry={state}: choices: {', '.join(AGAIN)}")
@@ -368,7 +389,6 @@ def _check_numbers(settings: Settings) -> None:
         "eval.limit": ev.limit,
         "eval.limit_during": ev.limit_during,
         "eval.max_new_tokens": ev.max_new_tokens,
-        "sweep.grace": settings.sweep.grace,
     }
     if isinstance(settings.model, Config):
         sizes = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "vocab_size")
@@ -393,12 +413,6 @@ def _check_numbers(settings: Settings) -> None:
             raise BadInput(f"{key}={value}: from 0 to below 1")
     if settings.seed < 0:
         raise BadInput(f"seed={settings.seed}: zero or a positive whole number")
-    if not settings.out_dir.strip():
-        raise BadInput("out_dir=: the name of a folder")
-    if settings.study is not None and (
-        not settings.study.strip() or Path(settings.study).name != settings.study
-    ):
-        raise BadInput(f"study={settings.study}: the name of one folder inside out_dir")
     if settings.targets is not None and not settings.targets:
         raise BadInput("targets: empty; name a role or a layer")
     if train.seq_len is not None and train.seq_len < 2:

@@ -31,7 +31,7 @@ from .evaluate import Scorer, Scores, write_predictions
 from .measure import resident_bytes, storage_bytes
 from .model import Loaded, Source
 from .parallel import ALONE, Team
-from .record import Folder, Log
+from .record import Folder, Log, NotHere
 from .screen import Screen
 from .tasks import BadInput, Example, Splits, Task
 from .tasks.lm import LanguageModelling
@@ -284,12 +284,12 @@ def pick_device(name: str) -> torch.device:
     """`auto`: CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadInput(f"device={name}: choices: auto, cpu, cuda, cuda:N") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"device={name}: no CUDA device here; choices: auto, cpu")
+        raise NotHere(f"device={name}: no CUDA device here; choices: auto, cpu")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise NotHere(f"device={name}: no such device here; the last one is cuda:{last}")
     return device
 
 

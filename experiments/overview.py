@@ -65,8 +65,9 @@ def table(jobs: list[Job], ends: list[str]) -> None:
     failures = [(job, end) for job, end in zip(jobs, ends, strict=True) if end in NOT_AGAIN]
     for job, end in failures:
         print(f"{end}: {job.name}: {job.why}")
-    if failures:
-        again = sorted({end for _, end in failures})
+    again = sorted({job.folder.state for job, _ in failures if job.path is not None})
+    again = [state for state in again if state in NOT_AGAIN]  # kept by a folder
+    if again:
         print(f"They run again when the code they use changes, or with sweep.retry="
               f"{again[0] if len(again) == 1 else '[' + ','.join(again) + ']'}")  # fmt: skip
 

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,11 +18,12 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from variants import Incompatible
 
-from .config import restored, settings_of, stamp
+from .config import OUTSIDE, check_outside, restored, settings_of, stamp
 from .provenance import ROOT, digest_now, tree
 from .record import Folder, read_json, write_json
 from .tasks import BadInput
@@ -70,6 +72,10 @@ def _is_the_sweep_s(word: str) -> bool:
     return name in OF_THE_SWEEP or name.startswith("sweep.")
 
 
+def _is_outside(word: str) -> bool:
+    return re.split(r"[.=@]", word.lstrip("+~"))[0] in OUTSIDE
+
+
 class Composer:
     """Hydra's composition of a sweep's jobs, one for all that differ in plain values alone."""
 
@@ -90,7 +96,14 @@ class Composer:
             with open_dict(config):
                 del config["hydra"]
             self.made[given] = config
-        config = copy.deepcopy(self.made[given])
+        return self._put(values, self.made[given])
+
+    def outside(self, words: Sequence[str]) -> DictConfig:
+        """The command's configuration with these words, none of which chooses a group."""
+        return self._put(self.parser.parse_overrides(list(words)), self.master)
+
+    def _put(self, values: list[Override], into: DictConfig) -> DictConfig:
+        config = copy.deepcopy(into)
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config
 
@@ -115,6 +128,8 @@ class Planner:
         ours = {tuple(sorted(filter(_is_the_sweep_s, words))) for words in combinations}
         if len(ours) > 1:
             raise BadInput(f"{', '.join(OF_THE_SWEEP)}: one value for all runs of a sweep")
+        for words in dict.fromkeys(tuple(filter(_is_outside, words)) for words in combinations):
+            check_outside(self.composer.outside(words))
         common = set.intersection(*map(set, combinations)) if len(combinations) > 1 else set()
         try:
             jobs = [self._job(list(words)) for words in combinations]

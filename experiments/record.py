@@ -58,6 +58,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: a scheduler takes the machine back."""
 
 
+class NotHere(BadInput):
+    """What the place lacks that was asked for by a key that is no part of the run (a device, a
+    network): the command is refused, and the run's folder keeps nothing of it."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """One run's folder."""

@@ -27,7 +27,7 @@ from urllib.parse import urlparse
 
 from .config import Track
 from .network import online
-from .tasks import BadInput
+from .record import NotHere
 
 PATIENCE = 120  # seconds that a run waits, at its end, for a slow network
 # serves every run of this process and of its forks, one after another
@@ -101,7 +101,7 @@ class Tracker:
         if track.mode == "online":  # asked for by name: without it there is no run
             answer = self._answer()
             if answer.get("error"):
-                raise BadInput(f"track.mode=online: {answer['error']}")
+                raise NotHere(f"track.mode=online: {answer['error']}")
 
     def log(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl, at its own step."""

@@ -328,6 +328,40 @@ def test_keys_of_a_sweep_are_checked(word: str, words: list[str], tmp_path: Path
     assert not results(tmp_path / "runs")
 
 
+@pytest.mark.parametrize("word", [
+    "device=foo", "device=cpu,foo", "track.mode=x", "sweep.time_limit=abc", "sweep.time_limit=-3",
+    "sweep.time_limit=0", "sweep.time_limit=[1]", "sweep.grace=-1", "sweep.retry=foo",
+    "sweep.retry=5"])  # fmt: skip
+def test_what_is_no_part_of_a_run_is_checked_once_before_any(
+    word: str, words: list[str], tmp_path: Path
+) -> None:
+    for more in ([], ["dry=true"]):
+        done = lab("-m", "rank=1,2", *words, word, *more, out=tmp_path / "runs", code=1)
+        key, _, value = word.rpartition(",")[2].rpartition("=")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {key or 'device'}={value}") and not done.stdout
+        assert not (tmp_path / "runs").exists()
+
+
+def test_what_has_no_folder_is_not_said_to_run_again(words: list[str], tmp_path: Path) -> None:
+    sweep = ["-m", "rank=1", *words, "train.steps=-3"]
+    done = lab(*sweep, out=tmp_path / "runs", code=1)
+    assert "train.steps=-3: a positive number" in done.stdout
+    assert "They run again" not in done.stdout
+
+
+def test_a_device_that_is_not_there_leaves_the_run_as_it_was(
+    words: list[str], tmp_path: Path
+) -> None:
+    out, sweep = tmp_path / "runs", ["-m", "rank=1", *words, "sweep.isolate=false"]
+    done = lab(*sweep, "device=cuda:99", out=out, code=1)
+    assert "device=cuda:99: no " in done.stderr and "sweep.retry" not in done.stdout
+    assert not list(out.glob("single/*"))
+    assert states(lab(*sweep, "device=cpu", "dry=true", out=out)) == ["missing"]
+    lab(*sweep, "device=cpu", out=out)
+    assert len(results(out)) == 1
+
+
 def test_times() -> None:
     assert [seconds("k", v) for v in (None, 90, "90", "1.5m", "2h", "1d12h")] == [
         None, 90.0, 90.0, 90.0, 7200.0, 129600.0
