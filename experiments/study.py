@@ -2,18 +2,19 @@
 
     python run.py -m study=smoke             any launcher; the same command again goes on
 
-conf/studies/NAME.yaml states it, and it is frozen before its first run: OUT_DIR/NAME/study.json
-holds it with its hash, and another statement under the same name is refused. Then, for every
-variant on every model and task: learning rates on a grid around the preset's own (stage 1, a seed),
-beyond the grid where the best lies on its edge, finer and with more seeds around the best (stage
-2); the choice by validation loss; and a confirmation on fresh seeds, the same for all, which alone
-reads the test split. All variants get equal trials: where one has to look beyond its grid, the
+conf/studies/NAME.yaml, or study=FILE.yaml, states it (statement.py), and it is frozen before its
+first run: OUT_DIR/NAME/study.json holds it with its hash, and another statement under the same name
+is refused. Then, for every variant on every model and task: learning rates on a grid around the
+preset's own (stage 1, a seed), beyond the grid where the best lies on its edge, finer and with more
+seeds around the best (stage 2); the choice by validation loss; and a confirmation on fresh seeds,
+the same for all, which alone reads the test split. All variants get equal trials: where one has to look beyond its grid, the
 others spend as many on theirs. ledger.json keeps what each was given.
 """
 
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,14 +22,14 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from variants._registry import unknown
 
 from . import attempt
 from .provenance import ROOT
 from .record import read_json, write_json
+from .statement import FRESH, OWN, Spec, read
 from .tasks import BadInput
 
 if TYPE_CHECKING:
@@ -37,43 +38,8 @@ if TYPE_CHECKING:
 
 FOLDER = ROOT / "conf" / "studies"
 PER_DECADE = 4  # the finest grid; all rates lie on 10^(k / 4), so that variants share them
-FRESH = 1000  # the first seed of a confirmation: no run of the tuning has it
-# what a study chooses by itself
-OWN = ("variant=", "variant/", "rank=", "seed=", "optim.lr=", "eval.split=")
 
 Cell = tuple[int, int]  # a step of the grid, a seed
-
-
-@dataclass
-class Tuning:
-    """How a learning rate is found."""
-
-    decades: float = 3.0  # of stage 1, centred on the preset's own rate
-    per_decade: int = 2  # points of stage 1: 1, 2 or 4
-    seeds: int = 1
-    refine: bool = True  # stage 2: the best rate and its neighbours at four points a decade
-    refine_seeds: int = 2
-    extensions: int = 2  # times that a grid may be extended, by two points each
-
-
-@dataclass
-class Spec:
-    """What a study freezes."""
-
-    question: str = MISSING
-    tier: str = MISSING  # smoke, standard, paper
-    variants: list[str] = MISSING  # each a line of words: `lora`, `lora variant/init=pissa`
-    anchors: list[str] = MISSING  # compared as well, whatever the question
-    models: list[str] = field(default_factory=lambda: ["model=tiny"])
-    tasks: list[str] = field(default_factory=lambda: ["task=skills"])
-    ranks: list[int] = field(default_factory=list)  # every variant at each
-    budget: int | None = None  # or: as many trained numbers as the baseline has at this rank
-    settings: list[str] = field(default_factory=list)  # words of all runs
-    baseline: str | None = None
-    margin: float | None = None  # of the primary metric, in its own unit; null: one point
-    level: float = 0.05
-    tuning: Tuning = field(default_factory=Tuning)
-    confirm: int = MISSING  # fresh seeds of each variant, at the chosen rate, on test
 
 
 @dataclass
@@ -133,21 +99,22 @@ def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def find(name: str) -> Spec | None:
-    """The study of that name, or None."""
-    file = FOLDER / f"{name}.yaml"
+def find(given: str) -> Spec | None:
+    """The statement of the study of that name, or in that file (.yaml); None: there is none."""
+    if not given.endswith(".yaml"):
+        file = FOLDER / f"{given}.yaml"
+        return read(file) if file.is_file() else None
+    file = Path(given).expanduser()
     if not file.is_file():
-        return None
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Spec), OmegaConf.load(file))
-        spec: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise BadInput(f"study={name}: {' '.join(str(error).split())}") from None
-    if not (spec.ranks or spec.budget) or (spec.ranks and spec.budget):
-        raise BadInput(f"study={name}: ranks or budget, one of the two")
-    if spec.tuning.per_decade not in (1, 2, 4):
-        raise BadInput(f"study={name}: tuning.per_decade={spec.tuning.per_decade}: 1, 2 or 4")
-    return spec
+        raise BadInput(f"study={given}: no such file")
+    if not re.fullmatch(r"[\w.-]+", file.stem):
+        raise BadInput(f"study={given}: its name is the study's: letters, digits, '.', '_', '-'")
+    return read(file)
+
+
+def name_of(given: str) -> str:
+    """A study's name: what was given, or the stem of that file."""
+    return Path(given).stem if given.endswith(".yaml") else given
 
 
 def missing(name: str) -> BadInput:
@@ -197,7 +164,7 @@ class Study:
         own = sorted(w for w in self.words if w.startswith(OWN))
         if own:
             raise BadInput(
-                f"{own[0]}: a study chooses that; conf/studies/{self.name}.yaml states it"
+                f"{own[0]}: a study chooses that; its statement, {self.name}.yaml, says how"
             )
         arms = self._arms()
         self._freeze()

@@ -32,7 +32,7 @@ class LabSweeper(Sweeper):
 
             spec = study.find(asked[-1])
             if spec is not None:
-                return study.Study(self.work, asked[-1], spec, words).run()
+                return study.Study(self.work, study.name_of(asked[-1]), spec, words).run()
             if not any("," in word or "(" in word for word in words):
                 raise study.missing(asked[-1])
         parser = OverridesParser.create(config_loader=self.loader)

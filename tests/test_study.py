@@ -11,7 +11,8 @@ import pytest
 from test_run import lab
 
 from experiments import study
-from experiments.study import FRESH, Arm, Spec, Study, Tuning, grid, rate
+from experiments.statement import FRESH, Spec, Tuning
+from experiments.study import Arm, Study, grid, rate
 from experiments.tasks import BadInput
 
 OPTIMA = {"first": -12, "second": -22, "third": -12}  # the second lies beyond its grid
@@ -145,6 +146,69 @@ def test_a_statement_that_is_wrong_is_named(
     with pytest.raises(BadInput, match="ranks or budget"):
         study.find("both")
     assert study.find("none") is None
+
+
+WHOLE = "question: x?\ntier: smoke\nvariants: [lora, dora]\nanchors: []\nranks: [2]\nconfirm: 1\n"
+WRONG = [
+    ("level: 3", r"level=3.0: between 0 and 1"),
+    ("level: abc", r"level: Value 'abc' of type 'str' could not be converted to Float$"),
+    ("confirm: 0", r"confirm=0: a whole number of 1 or more"),
+    ("confirm: -1", r"confirm=-1: a whole number of 1 or more"),
+    ("tuning: {seeds: 0}", r"tuning\.seeds=0: a whole number of 1 or more"),
+    ("tuning: {refine_seeds: 0}", r"tuning\.refine_seeds=0: a whole number of 1 or more"),
+    ("tuning: {extensions: -1}", r"tuning\.extensions=-1: a whole number of 0 or more"),
+    ("tuning: {decades: -1}", r"tuning\.decades=-1.0: zero or a positive number"),
+    ("tuning: {per_decade: 3}", r"tuning\.per_decade=3: 1, 2 or 4"),
+    ("tuning: {seed: 1}", r"tuning\.seed: no such key \(did you mean 'seeds'\?\); choices: dec"),
+    ("tuning: 3", r"tuning=3: a mapping; its keys: decades, per_decade"),
+    ("margin: -1", r"margin=-1.0: a positive number"),
+    ("tier: smokey", r"tier=smokey: no such tier \(did you mean 'smoke'\?\); choices: smoke, stan"),
+    ("variants: [lora, lora]", r"variants: lora is there twice"),
+    ("variants: [lora, variant=lora]", r"variants: lora is there twice"),
+    ("variants: []", r"variants: empty"),
+    ("variants: [lora seed=3]", r"variants: seed=3: a study chooses that"),
+    ("settings: [optim.lr=1]", r"settings: optim\.lr=1: a study chooses that"),
+    ("models: [tiny]", r"models: tiny: words are KEY=VALUE"),
+    ("ranks: [2, 2]", r"ranks: 2 is there twice"),
+    ("ranks: [0]", r"ranks=0: a whole number of 1 or more"),
+    ("marign: 1", r"marign: no such key \(did you mean 'margin'\?\); choices: question, tier"),
+    ("question: [", r"odd\.yaml, line \d+: no YAML: "),
+    ("question: ' '", r"question: empty"),
+    ("- a", "odd.yaml"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])
+def test_what_cannot_be_stated_is_one_line(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    key = line.partition(":")[0]
+    kept = [old for old in WHOLE.splitlines() if not old.startswith(f"{key}:")]
+    (tmp_path / "odd.yaml").write_text("\n".join([*kept, line]))
+    with pytest.raises(BadInput, match=f"^study=odd: {message}") as found:
+        study.find("odd")
+    assert "\n" not in str(found.value)
+    (tmp_path / "odd.yaml").write_text(WHOLE)
+    assert study.find("odd") is not None
+
+
+def test_a_statement_lacks_what_it_has_to_say(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("variants: [lora]\nranks: [1]\n")
+    with pytest.raises(BadInput, match=r"^study=mine: lacks question, tier, anchors, confirm$"):
+        study.find(str(tmp_path / "mine.yaml"))
+
+
+def test_a_study_may_lie_in_any_file(tmp_path: Path) -> None:
+    out, file = tmp_path / "runs", tmp_path / "mine.yaml"
+    file.write_text(WHOLE)
+    done = lab("-m", f"study={file}", "dry=true", out=out)
+    assert "mine (smoke): x?" in done.stdout and str(out / "mine" / "lora-r2-") in done.stdout
+    done = lab("-m", f"study={tmp_path / 'none.yaml'}", out=out, code=1)
+    assert done.stderr == f"error: study={tmp_path / 'none.yaml'}: no such file\n"
+    file.write_text(WHOLE + "level: 3\n")
+    done = lab("-m", f"study={file}", out=out, code=1)
+    assert done.stderr == "error: study=mine: level=3.0: between 0 and 1, such as 0.05\n"
 
 
 def test_what_a_study_chooses_is_no_setting(tmp_path: Path) -> None:
