@@ -180,11 +180,12 @@ def _say_finished(
             f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
             f"again beside the old one"
         )
-    team.first(_regroup, prepared, finished, screen, group)
+    joined = team.first(_regroup, prepared, finished, screen, group)
     screen.say("finished before; rerun=true runs it again beside the old one")
     if not (folder.path / "adapter" / "adapter.json").is_file():
         screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
-    screen.finished(finished, folder.path)
+    if not (joined and screen.brief):  # a sweep says what it runs
+        screen.finished(finished, folder.path)
 
 
 def _run(
@@ -243,15 +244,15 @@ def load(prepared: Prepared) -> Loaded:
     return prepared.source.load(task.num_labels, regression=task.num_labels == 1)
 
 
-def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> None:
-    """A finished run that a later sweep asks for joins that sweep's W&B group."""
+def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> bool:
+    """A finished run that a later sweep asks for joins that sweep's W&B group; whether it did."""
     settings, folder = prepared.settings, prepared.folder
     group = settings.track.group or settings.study or group
     if settings.track.mode == "disabled" or group in ("single", folder.group):
-        return
+        return False
     with folder.locked() as held:
         if not held:
-            return
+            return False
         config = OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml"))
         tracker = Tracker(
             settings.track,
@@ -264,6 +265,7 @@ def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, grou
         )
         tracker.finish(summary(result))
         folder.set_status(result["status"], group=group)
+    return True
 
 
 def _tags(prepared: Prepared) -> list[str]:

@@ -64,10 +64,11 @@ class Job:
 
 def key(words: Iterable[str]) -> str:
     """Names a combination, in whichever order it is given, and whatever its sweep does with it."""
-    return "\n".join(sorted(word for word in words if not _is_the_sweep_s(word)))
+    return "\n".join(sorted(word for word in words if not is_the_sweep_s(word)))
 
 
-def _is_the_sweep_s(word: str) -> bool:
+def is_the_sweep_s(word: str) -> bool:
+    """Whether it says what a sweep does with its runs, and nothing of them."""
     name = word.partition("=")[0]
     return name in OF_THE_SWEEP or name.startswith("sweep.")
 
@@ -125,7 +126,7 @@ class Planner:
     def plan(self, combinations: Iterable[Sequence[str]]) -> list[Job]:
         """The job of each combination. What Hydra cannot compose ends it all, here."""
         combinations, count = list(combinations), len(self.known)
-        ours = {tuple(sorted(filter(_is_the_sweep_s, words))) for words in combinations}
+        ours = {tuple(sorted(filter(is_the_sweep_s, words))) for words in combinations}
         if len(ours) > 1:
             raise BadInput(f"{', '.join(OF_THE_SWEEP)}: one value for all runs of a sweep")
         for words in dict.fromkeys(tuple(filter(_is_outside, words)) for words in combinations):

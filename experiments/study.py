@@ -7,8 +7,9 @@ first run: OUT_DIR/NAME/study.json holds it with its hash, and another statement
 is refused. Then, for every variant on every model and task: learning rates on a grid around the
 preset's own (stage 1, a seed), beyond the grid where the best lies on its edge, finer and with more
 seeds around the best (stage 2); the choice by validation loss; and a confirmation on fresh seeds,
-the same for all, which alone reads the test split. All variants get equal trials: where one has to look beyond its grid, the
-others spend as many on theirs. ledger.json keeps what each was given.
+the same for all, which alone reads the test split. All variants get equal
+trials: where one has to look beyond its grid, the others spend as many on theirs. ledger.json keeps
+what each was given.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from . import attempt
 from .attempt import STOP, one_line
 from .config import states_of
 from .overview import count, show, table
-from .plan import Job, PlannedLoader, Planner, write_plan
+from .plan import Job, PlannedLoader, Planner, is_the_sweep_s, write_plan
 from .record import FINISHED, NOT_AGAIN, Terminated
 from .tasks import BadInput
 
@@ -40,14 +40,14 @@ class Sweep:
         gc.enable()  # off since run.py; compositions are full of cycles
         self.config, self.home = config, Path(config.hydra.sweep.dir)
         self.command = list(config.hydra.overrides.task)
-        digest = hashlib.sha256(" ".join(sorted(self.command)).encode()).hexdigest()[:10]
-        self.name = f"sweep-{digest}"  # of its plan, of its group in W&B, of its jobs in a queue
-        self.stop = self.home / f"{self.name}-{socket.gethostname()}-{os.getpid()}.stop"
+        # of its group in W&B, of its jobs in a queue: the same when runs are tried again
+        self.name = _named(word for word in self.command if not is_the_sweep_s(word))
+        self.stop = self.home / f"{_named(self.command)}-{socket.gethostname()}-{os.getpid()}.stop"
         with open_dict(config.hydra):
             config.hydra.job.name = self.name
             config.hydra.job.env_set[STOP] = str(self.stop.absolute())
         self.planner = Planner(hydra_context.config_loader, config)
-        self.plan = self.home / f"{self.name}.json"
+        self.plan = self.home / f"{_named(self.command)}.json"
         loader: Any = PlannedLoader(hydra_context.config_loader, self.plan.absolute())
         context = HydraContext(loader, hydra_context.callbacks)
         self.launcher = _launcher(context, task_function, config)
@@ -65,9 +65,15 @@ class Sweep:
             show(jobs, states)
             return jobs
         self.jobs += jobs
-        due = {job.path: job for job, state in zip(jobs, states, strict=True)
-               if job.path is not None and self._is_due(job, state)}  # fmt: skip
-        print(f"{count(states)}; {len(due) or 'nothing'} to run", flush=True)
+        due, join = {}, {}
+        for job, state in zip(jobs, states, strict=True):
+            if job.path is not None and self._is_due(job, state):
+                due[job.path] = job
+            elif job.path is not None and state in FINISHED and self._is_of_another_group(job):
+                join[job.path] = job
+        more = f"; {len(join)} finished before, to join this sweep in W&B" if join else ""
+        print(f"{count(states)}; {len(due) or 'nothing'} to run{more}", flush=True)
+        due |= join
         with self._signals():
             self._work(list(due.values()))
         for job in jobs:  # given twice
@@ -86,15 +92,15 @@ class Sweep:
             return True
         again = states_of(self.config.sweep.retry)
         if state in FINISHED:
-            if state in again or job.config["rerun"]:
-                job.config = {**job.config, "rerun": True}
-                job.words = [*job.words, "rerun=true"]
-                return True
-            return self._is_of_another_group(job)
+            if state not in again and not job.config["rerun"]:
+                return False
+            job.config = {**job.config, "rerun": True}
+            job.words = [*job.words, "rerun=true"]
+            return True
         return state in again or bool(job.folder.changed_sources())
 
     def _is_of_another_group(self, job: Job) -> bool:
-        """A finished run, in W&B, of another sweep: it joins this one there."""
+        """A finished run, in W&B, of another sweep: it joins this one there, and is not run."""
         track = job.config["track"]
         wanted = track["group"] or job.config["study"] or self.name
         return track["mode"] != "disabled" and job.folder.group != wanted
@@ -181,6 +187,10 @@ class Sweep:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
             self.stop.unlink(missing_ok=True)
+
+
+def _named(words: Iterable[str]) -> str:
+    return f"sweep-{hashlib.sha256(' '.join(sorted(words)).encode()).hexdigest()[:10]}"
 
 
 def _launcher(context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Any:

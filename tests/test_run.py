@@ -359,7 +359,9 @@ def test_a_finished_run_joins_the_group_of_a_later_sweep(
     monkeypatch.setattr(track, "_server", None)
     out, words = tmp_path / "runs", ["variant=lora", "rank=2", *QUICK, "track.mode=offline"]
     lab(*words, out=out)
-    lab("-m", *words, out=out)
+    done = lab("-m", *words, out=out)
+    assert "1 done; nothing to run; 1 finished before, to join this sweep" in done.stdout
+    assert not any(line.startswith("done ") for line in done.stdout.splitlines())
     (folder,) = (p.parent for p in out.rglob("result.json"))
     group = json.loads((folder / "status.json").read_text())["group"]
     assert group.startswith("sweep-")
@@ -367,7 +369,8 @@ def test_a_finished_run_joins_the_group_of_a_later_sweep(
     inspect = ["wandb", "leet", "inspect", "--json", str(files[-1])]
     shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
     assert len(files) == 2 and group in shown
-    lab("-m", *words, out=out)
+    for again in ([], ["sweep.retry=failed"]):  # the same sweep
+        assert "1 done; nothing to run\n" in lab("-m", *words, *again, out=out).stdout
     assert len(list(folder.rglob("*.wandb"))) == 2
     assert track._server is not None
     track._server.communicate()
