@@ -169,6 +169,8 @@ CHOICES = {
     "model.dtype": ("fp32", "bf16", "fp16"),
 }
 AGAIN = ("failed", "refused", "stale", "done", "diverged")  # states that sweep.retry takes
+DEVICES = "auto, cpu, cuda, cuda:N"
+TIMES = "seconds, or a time such as 90s, 30m, 1h30m, 2d"
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
@@ -227,9 +229,16 @@ def more_keys() -> str:
                 if f.name != "kind"]  # fmt: skip
         lines.append(f"  {choice:<14} {' '.join(keys) or '-'}")
     lines += ["", "Keys that take a word:", ""]
-    return "\n".join(
-        [*lines, *(f"  {key:<16} {', '.join(words)}" for key, words in CHOICES.items())]
-    )
+    from .study import names  # no choice of Hydra's, since a study is also the name of a folder
+
+    takes = {key: ", ".join(words) for key, words in CHOICES.items()}
+    takes |= {
+        "device": DEVICES,
+        "sweep.time_limit": TIMES,
+        "sweep.retry": f"{', '.join(AGAIN)}; several: '[failed,stale]'",
+        "study": f"(with -m) {', '.join(names())}; or FILE.yaml (docs/sweeps.md)",
+    }
+    return "\n".join([*lines, *(f"  {key:<16} {words}" for key, words in takes.items())])
 
 
 def _shown(value: Any) -> str:
@@ -279,7 +288,7 @@ def check_outside(cfg: DictConfig) -> None:
     if cfg.track.mode not in MODES:
         raise BadInput(f"track.mode={cfg.track.mode}: choices: {', '.join(MODES)}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
-        raise BadInput(f"device={cfg.device}: choices: auto, cpu, cuda, cuda:N")
+        raise BadInput(f"device={cfg.device}: choices: {DEVICES}")
     if not cfg.out_dir.strip():
         raise BadInput("out_dir=: the name of a folder")
     if cfg.study is not None and (not cfg.study.strip() or Path(cfg.study).name != cfg.study):
@@ -320,7 +329,7 @@ def seconds(key: str, value: Any) -> float | None:
     except ValueError:
         found = 0.0
     if found <= 0 or "".join(n + u for n, u in pieces) != str(value):
-        raise BadInput(f"{key}={value}: seconds, or a time such as 90s, 30m, 1h30m, 2d")
+        raise BadInput(f"{key}={value}: {TIMES}")
     return found
 
 

@@ -361,12 +361,12 @@ class Run:
     def result(self, notes: list[str]) -> dict[str, Any]:
         """All of it; writes result.json last."""
         settings, prepared, screen = self.settings, self.prepared, self.screen
-        screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "
-                   f"{_name(self.device)}; {self.path}")  # fmt: skip
-        for note in (*prepared.choice.notes, *notes):
-            screen.say(note)
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
+        screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "
+                   f"{self.environment['device']}; {self.path}")  # fmt: skip
+        for note in (*prepared.choice.notes, *notes):
+            screen.say(note)
         scored = self.scorer.examples(getattr(prepared.splits, settings.eval.split))
         scored = scored[: settings.eval.limit]
         self._say_cut(train)

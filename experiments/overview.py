@@ -23,7 +23,16 @@ def show(jobs: list[Job], states: list[str]) -> None:
 def count(states: Sequence[str]) -> str:
     """How many there are of each."""
     counts = ", ".join(f"{n} {state}" for state, n in Counter(states).most_common())
-    return f"{len(states)} runs: {counts}"
+    return f"{runs(len(states))}: {counts}"
+
+
+def runs(number: int) -> str:
+    """So many.
+
+    >>> runs(1), runs(2)
+    ('1 run', '2 runs')
+    """
+    return f"{number} run{'' if number == 1 else 's'}"
 
 
 def table(jobs: list[Job], ends: list[str]) -> None:
@@ -33,7 +42,7 @@ def table(jobs: list[Job], ends: list[str]) -> None:
 
     results = [job.folder.result if job.path is not None else None for job in jobs]
     more = _varying([result for result in results if result is not None])
-    shown = Table(title=f"{len(jobs)} runs")
+    shown = Table(title=runs(len(jobs)))
     for name in ("variant", "rank", "seed", "lr", *more, "status", "metric", "base", "tuned",
                  "trained", "seconds", "folder"):  # fmt: skip
         shown.add_column(name, overflow="fold")

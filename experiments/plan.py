@@ -25,7 +25,7 @@ from variants import Incompatible
 
 from .config import OUTSIDE, check_outside, restored, settings_of, stamp
 from .provenance import ROOT, digest_now, tree
-from .record import Folder, read_json, write_json
+from .record import Folder, make, read_json, write_json
 from .tasks import BadInput
 
 OF_THE_SWEEP = ("sweep", "dry", "rerun")  # keys that are one for all runs of a sweep
@@ -115,6 +115,7 @@ class Planner:
     def __init__(self, loader: Any, master: DictConfig) -> None:
         self.composer = Composer(loader, master)
         self.file = Path(master.hydra.sweep.dir) / "manifest.json"
+        self.out_dir = master.out_dir
         self.base = _base(master)
         found = read_json(self.file) or {}
         self.known: dict[str, Any] = found["jobs"] if found.get("base") == self.base else {}
@@ -139,7 +140,7 @@ class Planner:
             return jobs
         finally:
             if len(self.known) != count:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
+                make(self.file.parent, self.out_dir)
                 write_json(self.file, {"base": self.base, "jobs": self.known})
 
     def _job(self, words: list[str]) -> Job:

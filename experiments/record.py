@@ -38,6 +38,14 @@ def write_json(path: Path, value: Any) -> None:
         part.unlink(missing_ok=True)
 
 
+def make(folder: Path, out_dir: Any) -> None:
+    """Makes a folder inside out_dir, or says why that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"out_dir={out_dir}: {error.strerror}") from None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
@@ -114,10 +122,7 @@ class Folder:
         A folder that is left without a file is taken away.
         """
         file = self.path / "lock"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"out_dir={self.path.parents[1]}: {error.strerror}") from None
+        make(self.path, self.path.parents[1])
         with lock.hold(file) as held:
             try:
                 yield held

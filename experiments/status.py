@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .overview import runs
 from .record import FINISHED, Folder, read_json
 
 COLORS = {"running": "cyan", "done": "green", "failed": "red", "refused": "red",
@@ -165,7 +166,7 @@ def shown(rows: list[Row], limit: int | None) -> Group:
     more = (
         f"; {len(rows) - limit} more not shown" if limit is not None and len(rows) > limit else ""
     )
-    return Group(table, Text(f"{len(rows)} runs: {counts}{more}{_rest(rows)}"))
+    return Group(table, Text(f"{runs(len(rows))}: {counts}{more}{_rest(rows)}"))
 
 
 def _rest(rows: list[Row]) -> str:

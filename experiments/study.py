@@ -29,7 +29,7 @@ from variants._registry import unknown
 
 from . import attempt
 from .provenance import ROOT
-from .record import read_json, write_json
+from .record import make, read_json, write_json
 from .statement import FRESH, OWN, Spec, read
 from .tasks import BadInput
 
@@ -250,7 +250,7 @@ class Study:
                 f"{', '.join(changed)}; give it another out_dir, or take the folder away"
             )
         if before is None and not self.dry:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make(self.folder, self.work.config.out_dir)
             write_json(self.folder / "study.json", {"name": self.name, "hash": digest, **frozen})
 
     def _tune(self, arms: list[Arm]) -> bool:

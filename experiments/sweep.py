@@ -24,9 +24,9 @@ from omegaconf import DictConfig, open_dict
 from . import attempt
 from .attempt import STOP, one_line
 from .config import states_of
-from .overview import count, show, table
+from .overview import count, runs, show, table
 from .plan import Job, PlannedLoader, Planner, is_the_sweep_s, write_plan
-from .record import FINISHED, NOT_AGAIN, Terminated
+from .record import FINISHED, NOT_AGAIN, Terminated, make
 from .tasks import BadInput
 
 
@@ -122,7 +122,7 @@ class Sweep:
                 print(f"error: the launcher does not start: {error}", file=sys.stderr)
                 return
             if error is not None and left and not self.asked:
-                print(f"workers died ({error}): {len(left)} runs are left", file=sys.stderr)
+                print(f"workers died ({error}): {runs(len(left))} left", file=sys.stderr)
             if fruitless == 3:
                 for job in begun:
                     why = f"its worker died ({error})" if error else "it was interrupted thrice"
@@ -162,7 +162,7 @@ class Sweep:
     def _wait(self, jobs: list[Job]) -> None:
         """For what other processes have; they may die, and then it falls to this one."""
         holders = sorted({job.folder.holder for job in jobs})
-        print(f"waiting for {len(jobs)} runs that other processes have (host and pid: "
+        print(f"waiting for {runs(len(jobs))} that other processes have (host and pid: "
               f"{', '.join(holders)})", flush=True)  # fmt: skip
         while not self.asked and all(job.folder.is_locked() for job in jobs):
             time.sleep(0.5)
@@ -170,7 +170,7 @@ class Sweep:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """The first signal asks all jobs, wherever they are, to stop; a second one ends it here."""
-        self.home.mkdir(parents=True, exist_ok=True)
+        make(self.home, self.config.out_dir)
         self.stop.unlink(missing_ok=True)
 
         def note(signum: int, frame: Any) -> None:

@@ -143,6 +143,14 @@ def test_epochs_become_steps(tmp_path: Path) -> None:
         settings("train.steps=3", "train.epochs=1")
 
 
+def test_help_says_what_keys_take() -> None:
+    lines = [line.split(maxsplit=1) for line in config.more_keys().splitlines() if line]
+    takes = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert takes["sweep.time_limit"] == "seconds, or a time such as 90s, 30m, 1h30m, 2d"
+    assert takes["sweep.retry"].startswith("failed, refused, stale, done, diverged")
+    assert "smoke" in takes["study"]
+
+
 def test_every_default_resolves_to_yaml() -> None:
     made: Any = settings()
     assert OmegaConf.create(made.variant)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_run import Said, lab, module
 
 from benchmarks.sweep import TINY, text
@@ -253,7 +254,7 @@ def test_what_another_driver_has_is_waited_for(words: list[str], tmp_path: Path)
     driver = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     assert driver.stdout is not None
     said = ""
-    while "waiting for 1 runs that other processes have" not in said:
+    while "waiting for 1 run that other processes have" not in said:
         line = driver.stdout.readline()
         assert line, said
         said += line
@@ -341,6 +342,33 @@ def test_what_is_no_part_of_a_run_is_checked_once_before_any(
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"error: {key or 'device'}={value}") and not done.stdout
         assert not (tmp_path / "runs").exists()
+
+
+def test_an_out_dir_that_is_a_file_is_named(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for more in (["rank=1", *words], ["study=smoke"]):
+        done = lab("-m", *more, out=tmp_path / "file", code=1)
+        assert done.stderr == f"error: out_dir={tmp_path}/file: Not a directory\n"
+
+
+def test_the_log_has_the_threads_of_the_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lab("rank=1", "device=cpu", *words, out=tmp_path / "runs")
+    finally:
+        torch.set_num_threads(before)
+    (log,) = tmp_path.glob("runs/single/*/run.log")
+    assert json.loads((log.parent / "env.json").read_text())["device"] == "cpu, 1 thread"
+    assert ", cpu, 1 thread; " in log.read_text()
+
+
+def test_lm_reads_one_file(words: list[str], tmp_path: Path) -> None:
+    done = lab("rank=1", *words, f"task.path={tmp_path}", out=tmp_path / "runs", code=1)
+    assert done.stderr == f"error: task.path={tmp_path}: a folder; task lm reads one text file\n"
 
 
 def test_what_has_no_folder_is_not_said_to_run_again(words: list[str], tmp_path: Path) -> None:

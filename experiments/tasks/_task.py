@@ -158,10 +158,10 @@ def cut(train: list[Item], validation: list[Item] | None, test: list[Item] | Non
     return Splits(kept, validation, test)
 
 
-def require(path: str | None, task: str) -> Path:
+def require(path: str | None, task: str, what: str = "a file or folder") -> Path:
     """The path that a task reads; one that is missing is named."""
     if path is None:
-        raise BadInput(f"task.path: task {task} needs a file or folder, give task.path=...")
+        raise BadInput(f"task.path: task {task} needs {what}, give task.path=...")
     found = Path(path).expanduser()
     if not found.exists():
         raise BadInput(f"task.path={path}: no such file or folder")

@@ -21,7 +21,10 @@ class LanguageModelling(Task):
     primary = "loss"
 
     def splits(self) -> Splits:
-        text = read_text(require(self.path, "lm"))
+        file = require(self.path, "lm", "one text file")
+        if file.is_dir():
+            raise BadInput(f"task.path={self.path}: a folder; task lm reads one text file")
+        text = read_text(file)
         ends = (0, int(0.9 * len(text)), int(0.95 * len(text)), len(text))
         train, validation, test = ([Item(f"{a}:{b}", "", text[a:b])] for a, b in pairwise(ends))
         return Splits(train, validation, test)
