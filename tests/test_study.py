@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,16 @@ def test_a_statement_lacks_what_it_has_to_say(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("variants: [lora]\nranks: [1]\n")
     with pytest.raises(BadInput, match=r"^study=mine: lacks question, tier, anchors, confirm$"):
         study.find(str(tmp_path / "mine.yaml"))
+
+
+def test_the_docs_name_every_key_and_their_example_can_be_read(tmp_path: Path) -> None:
+    page = (study.ROOT / "docs" / "sweeps.md").read_text()
+    keys = [f.name for f in fields(Spec) if f.name != "tuning"]
+    keys += [f"tuning.{f.name}" for f in fields(Tuning)]
+    assert [key for key in keys if f"\n| `{key}` |" not in page] == []
+    (tmp_path / "starts.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    spec = study.find(str(tmp_path / "starts.yaml"))
+    assert spec is not None and spec.ranks == [4, 8] and not spec.tuning.refine
 
 
 def test_a_study_may_lie_in_any_file(tmp_path: Path) -> None:
