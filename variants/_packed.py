@@ -19,7 +19,7 @@ base:
 >>> for preset, rank in (("lora", 1), ("pissa", 2)):
 ...     adapter = variants.attach(twin(net), preset, rank=rank, targets="0,1")
 ...     _ = nn.init.normal_(adapter.layers["1"].params["B"])
-...     pack.add(adapter)
+...     _ = pack.add(adapter)
 >>> x = [torch.randn(2, 8, dtype=torch.float64) for _ in range(2)]
 >>> y = pack.outputs([0, 1], [{"input": own} for own in x])
 >>> alone = [adapter.model(own) for adapter, own in zip(pack.adapters, x)]
@@ -51,7 +51,7 @@ from ._api import Stored
 from ._experts import stacks
 from ._layer import Adapted, Frozen, Fused, freeze, replace, stand_ins
 from ._registry import Incompatible
-from ._slices import Layer, Pair, Rows, Share
+from ._slices import Layer, Pair, Rows, Share, factored
 
 ROUNDING = 8  # in units of the dtype's: what separates W - (B0 A0) from the W' that an init made
 
@@ -101,8 +101,9 @@ class Pack:
         self.frozen: dict[Any, Frozen] = {}  # what slices share, by path and rows
         self._model: Any = None
 
-    def add(self, adapter: Adapter) -> None:
-        """One more slice. Raises `Incompatible`, and changes nothing, where it cannot share."""
+    def add(self, adapter: Adapter) -> int:
+        """One more slice; its number. Raises `Incompatible`, and changes nothing, where it cannot
+        share."""
         why = refusal(adapter.choice)
         if why is not None:
             raise Incompatible(why)
@@ -111,6 +112,11 @@ class Pack:
             _store(own).stored = share
         self.adapters.append(adapter)
         self._model = None
+        return len(self.adapters) - 1
+
+    def by_factors(self, k: int) -> bool:
+        """Whether all that a slice adds is a product of two factors: best at the front."""
+        return all(factored(layer) for layer in self.adapters[k].layers.values())
 
     def _seen(self, own: Any, place: tuple[str, Any]) -> tuple[Stored, Pair | None]:
         """The shared matrix of a slice's layer, and what the slice takes from it."""

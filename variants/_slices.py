@@ -236,13 +236,18 @@ class Layer(nn.Module):
         return self.ways[k]
 
 
+def factored(layer: Adapted) -> bool:
+    """Whether all that a layer adds to the base's product is s B A x, in training as well."""
+    form = type(layer.form)
+    plain = form.forward is Form.forward and form.bias is Form.bias
+    return plain and not layer.p_drop and layer.form.factors(layer.p) is not None
+
+
 def way(part: Any, x: Tensor) -> str:
     """See `Layer._way`; x: any rows that reach the part."""
     if not isinstance(part, Adapted):
         return "base"
-    form = type(part.form)
-    plain = form.forward is Form.forward and form.bias is Form.bias
-    if plain and not part.p_drop and part.form.factors(part.p) is not None:
+    if factored(part):
         return "factors"
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         one = x[:1, :1].detach().contiguous()
