@@ -265,42 +265,43 @@ class Stacks:
         self.key: Any = None
 
     def fill(
-        self, like: Tensor, pairs: Sequence[Pair], scales: Sequence[float],
+        self, like: Tensor, factors: Sequence[Tensor], scales: Sequence[float],
         shifts: Sequence[Pair | None],
-    ) -> Pair:  # fmt: skip
-        """The stacks in the dtype of `like`, s in B."""
-        shapes = [(A.shape, B.shape) for A, B in pairs]
-        key = shapes, scales, [id(shift) for shift in shifts], like.dtype, like.device
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The stacks in the dtype of `like`, and the scales [K, 1, R]; factors: A, B, A, B, ..."""
+        ranks = [A.shape[0] for A in factors[::2]]
+        key = ranks, scales, [id(shift) for shift in shifts], like.dtype, like.device
         if key != self.key:
-            self._make(like, pairs, scales, shifts)
+            self._make(like, factors, ranks, scales, shifts)
             self.key = key
-        torch._foreach_copy_(self.into, [t for pair in pairs for t in pair])
-        if self.scales is not None:
-            self.B.mul_(self.scales)
-        return self.A, self.B
+        if self.even and factors[0].dtype == like.dtype:
+            torch.stack(factors[::2], out=self.A)
+            torch.stack(factors[1::2], out=self.B)
+        else:
+            torch._foreach_copy_(self.into, factors)
+        return self.A, self.B, self.scales
 
     def _make(
-        self, like: Tensor, pairs: Sequence[Pair], scales: Sequence[float],
+        self, like: Tensor, factors: Sequence[Tensor], ranks: list[int], scales: Sequence[float],
         shifts: Sequence[Pair | None],
     ) -> None:  # fmt: skip
-        ranks = [A.shape[0] for A, _ in pairs]
         taken = [0 if shift is None else shift[0].shape[0] for shift in shifts]
-        R = max(r + more for r, more in zip(ranks, taken, strict=True))
-        n, m = pairs[0][0].shape[1], pairs[0][1].shape[0]
-        self.A, self.B = like.new_zeros(len(pairs), R, n), like.new_zeros(len(pairs), m, R)
-        factors = like.new_ones(len(pairs), 1, R)
+        K, R = len(ranks), max(r + more for r, more in zip(ranks, taken, strict=True))
+        n, m = factors[0].shape[1], factors[1].shape[0]
+        self.A, self.B = like.new_zeros(K, R, n), like.new_zeros(K, m, R)
+        self.scales = like.new_ones(K, 1, R)
+        self.even = min(ranks) == R
         self.into: list[Tensor] = []
         for k, (r, shift) in enumerate(zip(ranks, shifts, strict=True)):
             self.into += [self.A[k, :r], self.B[k, :, :r]]
-            factors[k, :, :r] = scales[k]
+            self.scales[k, :, :r] = scales[k]
             if shift is not None:
                 end = r + shift[0].shape[0]
                 self.A[k, r:end], self.B[k, :, r:end] = shift[0], -shift[1]
-        self.scales = factors if any(s != 1 for s in scales) else None
 
 
 class _Beside(torch.autograd.Function):
-    """x W^T + bias, and in the first rows s_k x_k A_k^T B_k^T; keeps x and x A^T."""
+    """x W^T + bias, and in the first rows s_k x_k A_k^T B_k^T; keeps x and s x A^T."""
 
     @staticmethod
     def forward(
@@ -309,42 +310,41 @@ class _Beside(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         with whole.decoded(x.dtype) as W:
             y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
-        ctx.settings = whole, first, scales, [(t.shape, t.dtype) for t in factors]
+        ctx.settings = whole, first, [(t.shape, t.dtype) for t in factors]
         if not factors:
             ctx.save_for_backward(x)
             return y
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        A, B = stacks.fill(x, pairs, scales, shifts)
-        K, xs = len(pairs), x[:first]
-        down = torch.bmm(xs.reshape(K, -1, x.shape[-1]), A.mT)
+        ctx.stacks = A, B, s = stacks.fill(x, factors, scales, shifts)
+        K = A.shape[0]
+        down = torch.bmm(x[:first].reshape(K, -1, x.shape[-1]), A.mT).mul_(s)
         y[:first].view(K, -1, y.shape[-1]).baddbmm_(down, B.mT)
         ctx.save_for_backward(x, down)
-        ctx.stacks = A, B
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        whole, first, scales, shapes = ctx.settings
+        whole, first, given = ctx.settings
         x, *rest = ctx.saved_tensors
         g, gx = grads[0], None
         if ctx.needs_input_grad[0]:
             with whole.decoded(g.dtype) as W:
                 gx = g @ W
-        found: list[Tensor | None] = [None] * len(shapes)
-        if shapes:
-            (A, B), down, K = ctx.stacks, rest[0], len(shapes) // 2
+        found: list[Tensor | None] = [None] * len(given)
+        if given:
+            (A, B, s), down = ctx.stacks, rest[0]
+            K = A.shape[0]
             own = g[:first].reshape(K, -1, g.shape[-1])
-            up = torch.bmm(own, B)
-            gA = torch.bmm(up.mT, x[:first].reshape(K, -1, x.shape[-1]))
-            gB = torch.bmm(own.mT, down)
+            up = torch.bmm(own, B).mul_(s)
+            found[::2] = torch.bmm(up.mT, x[:first].reshape(K, -1, x.shape[-1])).unbind()
+            found[1::2] = torch.bmm(own.mT, down).unbind()
             if gx is not None:
                 gx[:first].view(K, -1, gx.shape[-1]).baddbmm_(up, A)
-            for k in range(K):
-                (a, b), r = shapes[2 * k : 2 * k + 2], shapes[2 * k][0][0]
-                if ctx.needs_input_grad[7 + 2 * k]:
-                    found[2 * k] = gA[k, :r].to(a[1])
-                if ctx.needs_input_grad[8 + 2 * k]:
-                    found[2 * k + 1] = (gB[k, :, :r] * scales[k]).to(b[1])
+            found = [
+                grad[: shape[0], : shape[1]].to(dtype) if needed else None
+                for grad, (shape, dtype), needed in zip(
+                    found, given, ctx.needs_input_grad[7:], strict=True
+                )
+            ]
         return gx, None, None, None, None, None, None, *found
 
 
