@@ -147,8 +147,7 @@ class Pack:
 
         `inputs` of a slice are [rows, T], T its own; shorter ones are filled with `fill`, or 0.
         """
-        if self._model is None:
-            self._model = self._build()
+        model = self.model()
         rows, first = self.rows, [next(iter(own.values())) for own in inputs]
         rows.live, rows.counts = list(live), [t.shape[0] for t in first]
         rows.lengths = [t.shape[1] for t in first]
@@ -161,14 +160,19 @@ class Pack:
             for key in inputs[0]
         }  # fmt: skip
         for k in live:
-            if not self.adapters[k].model.training:
-                self.adapters[k].model.train()
-        out = self._model(**batch)
+            if self.adapters[k].model.training != model.training:
+                self.adapters[k].model.train(model.training)
+        out = model(**batch)
         out = out if isinstance(out, Tensor) else out.logits
         return [rows.cut(own, i) for i, own in enumerate(rows.split(out))]
 
+    def model(self) -> Any:
+        """The model of all rows, in the mode of which the slices' own are set before each pass."""
+        if self._model is None:
+            self._model = self._build()
+        return self._model
+
     def _build(self) -> Any:
-        """The model of all rows."""
         model, paths = twin(self.base).train(), {}
         for adapter in self.adapters:
             paths |= dict.fromkeys(path for path, _ in stand_ins(adapter.model))

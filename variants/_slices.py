@@ -188,7 +188,7 @@ class Layer(nn.Module):
         shifts = [part.frozen.stored.shift for part in parts]
         scales = [part.s for part in parts]
         first = sum(self.rows.counts[:low])
-        simple = all(way in ("factors", "base") for way in ways)
+        simple = all(way == "base" for way in ways[low:])
         bias = self.frozen.bias if simple else None
         pieces = [] if low == len(live) else list(self.rows.split(x, low))
         alone = [i for i in range(low, len(live)) if ways[i] == "own"]
