@@ -37,8 +37,8 @@ CAP = 1000  # conf/hydra/launcher/packed.yaml
 CAPPED = tuple(
     ((width, layers, "fp32", "dense", tokens, min(8, CAP // tokens), preset), None)
     for preset in ("lora", "dora")
-    for width, layers in ((96, 2), (256, 2), (512, 2), (1024, 1))
-    for tokens in (64, 128, 256, 500)
+    for width, layers in ((96, 2), (512, 1), (1024, 1))
+    for tokens in (128, 500)
 )
 
 

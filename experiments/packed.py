@@ -7,11 +7,11 @@ validation and checkpoint of each, as it would have them alone. One that ends, o
 the others go on.
 """
 
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -192,33 +192,34 @@ class Jobs:
 
     def _train(self) -> None:
         """The open jobs to their ends; then there are none."""
-        pack, self.pack = self.pack, None
         if len(self.open) == 1:
-            why = "no other job of the sweep fits beside it"
-            self._solo(self.open.pop(), why)
-            return
-        assert pack is not None or not self.open
+            self._solo(self.open.pop(), "no other job of the sweep fits beside it")
         for one in self.open:
             one.trainer.run.share_out(self._tokens(self.open))
             one.trainer.run.note_environment(packed=len(self.open))
-        self.open.sort(key=lambda one: not pack.by_factors(one.index))  # type: ignore[union-attr]
+        pack: Any = self.pack
+        self.open.sort(key=lambda one: not pack.by_factors(one.index))
         while self.open:
             with stopping(patient=False) as stop:
                 ended = {one.place: (one, None) for one in self.open
                          if one.trainer.step >= one.trainer.steps}  # fmt: skip
                 while not ended and not stop:
-                    ended = step(pack, self.open)  # type: ignore[arg-type]
+                    ended = step(pack, self.open)
             for one, error in ended.values():
                 self.open.remove(one)
                 self._over(one.place, one.finish(error))
             if stop:
-                raise Terminated if stop[0] == 15 else KeyboardInterrupt
+                raise Terminated if stop[0] == signal.SIGTERM else KeyboardInterrupt
+        self.pack = None
 
     def _stop(self, error: BaseException) -> None:
         """The open jobs leave, with a checkpoint of the step that they are at."""
+        signum = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
         for one in self.open:
+            assert self.pack is not None
             try:
-                one.trainer.leave(15 if isinstance(error, Terminated) else 2)
+                with self.pack.rows.stream(one.index):
+                    one.trainer.leave(signum)
             except BaseException as left:
                 self.lines[one.place] = one.finish(left)
 

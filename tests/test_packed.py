@@ -14,6 +14,7 @@ import variants
 from variants._adapter import choose
 from variants._layer import replace
 from variants._packed import Pack, mixing, refusal, twin
+from variants._registry import find_preset
 from variants._slices import Layer
 
 EXACT = 1e-8  # of losses and weights, in float64
@@ -150,7 +151,7 @@ def test_fifty_steps_of_all_ways_together_are_those_alone(
 def packable(preset: str, dropout: float) -> dict[str, Any] | str:
     """What `Alone` takes for a preset in the small model, or why there is nothing to train."""
     own: dict[str, Any] = {"preset": preset, "dropout": dropout}
-    if variants.describe(preset).rank is not None:
+    if find_preset(preset).rank is not None:
         own["rank"] = 4
     if preset == "bitfit":
         return "the small model has no biases"
