@@ -27,18 +27,19 @@ from .memory import DTYPES, TARGETS
 from .quantization import CLOCKS, ratio, rounds
 
 VOCABULARY = 512
-# width, layers, dtype, base, tokens of a slice, slices, preset; the bound of packed / PEFT
+NAMES = ("width", "layers", "dtype", "base", "tokens", "slices", "preset")
+# the numbers of those names, tokens being a slice's; the bound of packed / PEFT
 ASKED = (
     ((256, 2, "fp32", "dense", 16, 8, "lora"), 0.32),
     ((2048, 1, "bf16", "dense", 16, 8, "lora"), 0.42),
     ((2048, 1, "bf16", "nf4", 16, 8, "lora"), 0.20),
 )
-CAP = 1000  # conf/hydra/launcher/packed.yaml
+# where the launcher stops: 1,000 tokens of all slices together, a quarter of them one slice's
 CAPPED = tuple(
-    ((width, layers, "fp32", "dense", tokens, min(8, CAP // tokens), preset), None)
+    ((width, layers, "fp32", "dense", tokens, slices, preset), None)
     for preset in ("lora", "dora")
     for width, layers in ((96, 2), (512, 1), (1024, 1))
-    for tokens in (128, 500)
+    for slices, tokens in ((7, 140), (4, 250), (2, 250))
 )
 
 
@@ -62,13 +63,14 @@ def theirs(base: Any, stored: str) -> tuple[Any, list[Tensor]]:
     if stored == "nf4":
         import bitsandbytes
 
+        kernels: Any = bitsandbytes.nn
         for path, layer in list(base.named_modules()):
             if isinstance(layer, nn.Linear) and path not in HEADS:
-                new = bitsandbytes.nn.Linear4bit(
+                new = kernels.Linear4bit(
                     layer.in_features, layer.out_features, bias=False,
                     compute_dtype=layer.weight.dtype, quant_type="nf4", compress_statistics=False,
                 )  # fmt: skip
-                new.weight = bitsandbytes.nn.Params4bit(
+                new.weight = kernels.Params4bit(
                     layer.weight.data, requires_grad=False, quant_type="nf4",
                     compress_statistics=False,
                 )  # fmt: skip
@@ -135,8 +137,7 @@ def rows(asked: Sequence[Any], count: int, clock: str) -> list[dict[str, Any]]:
     found = []
     for shape, bound in asked:
         seconds = rounds(contenders(*shape), count, clock)
-        row = dict(zip(("width", "layers", "dtype", "base", "tokens", "slices", "preset"), shape,
-                       strict=True))  # fmt: skip
+        row: dict[str, Any] = dict(zip(NAMES, shape, strict=True))
         row["ms"] = {name: 1000 * sorted(own)[count // 2] for name, own in seconds.items()}
         row["packed / sequential"] = [*ratio(seconds["packed"], seconds["sequential"]), 1.03]
         if "PEFT" in seconds:

@@ -29,6 +29,7 @@ from .model import Loaded
 from .record import Terminated
 from .train import Diverged, Trainer, stopping
 
+WORTH = 4  # steps of a job's size, which a pack must have room for (docs/log.md)
 LOOKED_AT = 8  # steps, for how many rows a step of several jobs has
 
 
@@ -46,9 +47,8 @@ class OneBase(Ground):
         return replace(self.loaded, model=twin(self.loaded.model))
 
     def scores(self, score: Any) -> dict[str, Any]:
-        if self.found is None:
-            self.found = score()
-        return self.found
+        found = self.found = self.found or score()
+        return found
 
 
 @dataclass
@@ -159,8 +159,10 @@ class Jobs:
         settings = new.trainer.settings
         if settings.activation_checkpointing:
             return "train.activation_checkpointing computes again what other jobs have drawn"
-        if self._tokens([new]) * 2 > self.rows:
-            return f"two of its steps are more than {self.rows} rows"
+        own = self._tokens([new])
+        if own * WORTH > self.rows:
+            return f"{own:.0f} tokens in a step, with which packing gains nothing ({WORTH} such " \
+                   f"steps would have to fit into {self.rows})"  # fmt: skip
         assert self.ground.loaded is not None
         return mixing(self.ground.loaded.model) or refusal(new.trainer.adapter.choice)
 
@@ -238,8 +240,8 @@ def step(pack: Pack, live: Sequence[Slice]) -> dict[int, tuple[Slice, BaseExcept
         inputs = [{"input_ids": own["ids"], "attention_mask": own["mask"]} for own in made]
         with trainers[0].run.scorer.cast():
             out = pack.outputs([one.index for one in live], inputs, {"input_ids": pad_id})
-            own = [loss_of(logits, batch["labels"], tokens)
-                   for logits, batch, (_, tokens) in zip(out, made, drawn, strict=True)]  # fmt: skip
+            own = [loss_of(logits, batch["labels"], tokens) for logits, batch, (_, tokens)
+                   in zip(out, made, drawn, strict=True)]  # fmt: skip
         together = torch.stack(own)
         together.sum().backward()
         losses += together.detach()

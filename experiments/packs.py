@@ -1,9 +1,9 @@
-"""Which jobs of a sweep share a process and a base (hydra/launcher=packed), and what became of them.
+"""Which jobs of a sweep share a process and a base (hydra/launcher=packed).
 
 Jobs go together that have the same model, storage of it, task, portions and scoring. What differs
-between them (variant, rank, alpha, rate, seed, targets, ...) is what a sweep is made of. Whether one
-can share at all is seen where it is built (packed.py); a pack that dies costs its jobs an attempt,
-and each of them goes on alone.
+between them (variant, rank, alpha, rate, seed, targets, ...) is what a sweep is made of. Whether
+one can share at all is seen where it is built (packed.py); a pack that dies costs its jobs an
+attempt, and each of them goes on alone.
 """
 
 import json

@@ -156,7 +156,7 @@ def packable(preset: str, dropout: float) -> dict[str, Any] | str:
     if preset == "bitfit":
         return "the small model has no biases"
     try:
-        why = refusal(Alone(base(), 1, seed=0, **own).adapter.choice)
+        why = refusal(Alone(base(), 50, seed=0, **own).adapter.choice)
     except variants.Incompatible as error:
         if not dropout:
             raise
@@ -232,8 +232,12 @@ def test_there_is_one_base_and_it_is_decoded_once(monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     block = type(next(s.whole for s in stored(slices[0])))
     decoded = block.decoded
-    monkeypatch.setattr(block, "decoded", lambda self, dtype: (seen.append(id(self)),
-                                                               decoded(self, dtype))[1])  # fmt: skip
+
+    def counted(self: Any, dtype: torch.dtype) -> Any:
+        seen.append(id(self))
+        return decoded(self, dtype)
+
+    monkeypatch.setattr(block, "decoded", counted)
     together(model, [Alone(model, 1, "lora", i, rank=2, base="nf4") for i in range(4)], 1)
     backward = count - 3  # the input of q, k and v needs no gradient: nothing trains before it
     assert len(seen) == count + backward
@@ -249,7 +253,7 @@ def test_an_init_that_moves_the_base_needs_no_second_one() -> None:
     together(model, slices, 0)
     for one in slices:
         for name, layer in one.adapter.layers.items():
-            own = [t for t in layer.frozen.stored.parameters()]
+            own = list(layer.frozen.stored.parameters())
             W = model.get_submodule(name).weight
             assert [t.data_ptr() for t in own] == [W.data_ptr()]
             assert torch.allclose(layer.original, W, atol=1e-12)

@@ -13,6 +13,7 @@ from test_sweep import bad
 
 from benchmarks.sweep import TINY, text
 from experiments import packed, train
+
 __all__ = ["bad"]  # a fixture
 PACKED = ("hydra/launcher=packed", "sweep.isolate=false")
 CLOSE = 1e-4  # of numbers in fp32
@@ -106,7 +107,7 @@ def test_an_interrupted_pack_goes_on_packed_or_alone(
 def test_what_fits_nothing_runs_alone_and_says_why(words: list[str], tmp_path: Path) -> None:
     done = lab("-m", "variant=lora", "seed=0,1", *words, *PACKED, "hydra.launcher.rows=100",
                out=tmp_path / "a")  # fmt: skip
-    assert done.stderr.count("two of its steps are more than 100 rows") == 2
+    assert done.stderr.count("128 tokens in a step, with which packing gains nothing") == 2
     other = [word for word in words if not word.startswith("train.seq_len")]
     done = lab("-m", "variant=lora", "train.seq_len=16,32", *other, *PACKED, out=tmp_path / "b")
     assert done.stderr.count("no other job has its model, base, task and portions") == 2

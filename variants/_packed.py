@@ -37,7 +37,6 @@ Traceback (most recent call last):
 variants._registry.Incompatible: its init moves the base of 0, which is rounded after it
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -152,19 +151,17 @@ class Pack:
         rows.live, rows.counts = list(live), [t.shape[0] for t in first]
         rows.lengths = [t.shape[1] for t in first]
         rows.longest = max(rows.lengths)
-        batch = {
-            key: torch.cat([
-                F.pad(own[key], (0, rows.longest - own[key].shape[1]), value=(fill or {}).get(key, 0))
-                for own in inputs
-            ])
-            for key in inputs[0]
-        }  # fmt: skip
+        batch = {key: torch.cat([self._filled(own[key], (fill or {}).get(key, 0))
+                                 for own in inputs]) for key in inputs[0]}  # fmt: skip
         for k in live:
             if self.adapters[k].model.training != model.training:
                 self.adapters[k].model.train(model.training)
         out = model(**batch)
         out = out if isinstance(out, Tensor) else out.logits
         return [rows.cut(own, i) for i, own in enumerate(rows.split(out))]
+
+    def _filled(self, x: Tensor, value: float) -> Tensor:
+        return F.pad(x, (0, self.rows.longest - x.shape[1]), value=value)
 
     def model(self) -> Any:
         """The model of all rows, in the mode of which the slices' own are set before each pass."""
@@ -216,7 +213,8 @@ def _frozen(model: nn.Module) -> Iterator[tuple[Any, tuple[str, Any]]]:
 def _places(path: str, fused: Fused) -> Iterator[tuple[str, tuple[str, tuple[int, int]]]]:
     """(name, place) of the parts of a fused layer."""
     begin = 0
-    for name, part in fused.slices.items():
+    parts: Any = fused.slices
+    for name, part in parts.items():
         end = begin + part.out_features
         yield name, (path, (begin, end))
         begin = end

@@ -265,7 +265,7 @@ class Stacks:
         self.key: Any = None
 
     def fill(
-        self, like: Tensor, factors: Sequence[Tensor], scales: Sequence[float],
+        self, like: Tensor, factors: tuple[Tensor, ...], scales: Sequence[float],
         shifts: Sequence[Pair | None],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The stacks in the dtype of `like`, and the scales [K, 1, R]; factors: A, B, A, B, ..."""
@@ -282,7 +282,7 @@ class Stacks:
         return self.A, self.B, self.scales
 
     def _make(
-        self, like: Tensor, factors: Sequence[Tensor], ranks: list[int], scales: Sequence[float],
+        self, like: Tensor, factors: tuple[Tensor, ...], ranks: list[int], scales: Sequence[float],
         shifts: Sequence[Pair | None],
     ) -> None:  # fmt: skip
         taken = [0 if shift is None else shift[0].shape[0] for shift in shifts]
@@ -329,7 +329,7 @@ class _Beside(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             with whole.decoded(g.dtype) as W:
                 gx = g @ W
-        found: list[Tensor | None] = [None] * len(given)
+        found: list[Any] = [None] * len(given)
         if given:
             (A, B, s), down = ctx.stacks, rest[0]
             K = A.shape[0]
