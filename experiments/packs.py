@@ -19,7 +19,7 @@ from . import isolate
 from .attempt import about_job, asked, attempt, complained, deaf
 from .config import seconds
 from .record import NOT_AGAIN
-from .tasks import BadInput
+from .tasks import BadInput, tasks
 
 SAME = ("model", "task", "eval", "device")
 SAME_IN_TRAINING = ("steps", "epochs", "batch_size", "seq_len", "accumulate", "autocast",
@@ -101,6 +101,6 @@ def together(config: Any) -> str:
     found = {key: config[key] for key in SAME}
     found["train"] = {key: config["train"][key] for key in SAME_IN_TRAINING}
     found["base"] = config["variant"]["base"]
-    if "classify" in str(config["task"]):  # its new head is drawn from the seed
+    if tasks()[config["task"]["name"]].scoring == "classify":  # a new head is drawn from the seed
         found["seed"] = config["seed"]
     return json.dumps(found, default=str, sort_keys=True)

@@ -25,14 +25,15 @@ MIXED: tuple[dict[str, Any], ...] = (
     {"preset": "lora", "rank": 3},
     {"preset": "lora_fa", "rank": 5, "alpha": 40},
     {"preset": "pissa", "rank": 2},
-    {"preset": "adalora", "rank": 4},
     {"preset": "dylora", "rank": 4},
-    {"preset": "dora", "rank": 2},
     {"preset": "dora", "rank": 3, "dropout": 0.2},
-    {"preset": "pissa", "rank": 4, "dropout": 0.1},
     {"preset": "loha", "rank": 2},
     {"preset": "lora", "rank": 2, "targets": "q,v"},
-    {"preset": "ln_tuning"},
+)
+FEWER: tuple[dict[str, Any], ...] = (
+    {"preset": "adalora", "rank": 4},
+    {"preset": "pissa", "rank": 4, "dropout": 0.1},
+    {"preset": "dora", "rank": 2},
 )
 
 
@@ -130,7 +131,7 @@ def ways(pack: Pack, k: int) -> set[str]:
     return {m.ways[k] for m in pack.model().modules() if isinstance(m, Layer) and k in m.ways}
 
 
-@pytest.mark.parametrize(("dtype", "mixed"), [(torch.float64, MIXED), (torch.float32, MIXED[1:6])],
+@pytest.mark.parametrize(("dtype", "mixed"), [(torch.float64, MIXED), (torch.float32, FEWER)],
                          ids=["float64", "fp32"])  # fmt: skip
 def test_fifty_steps_of_all_ways_together_are_those_alone(
     dtype: torch.dtype, mixed: Sequence[dict[str, Any]]
@@ -145,7 +146,7 @@ def test_fifty_steps_of_all_ways_together_are_those_alone(
     if mixed is MIXED:
         found = set.union(*(ways(pack, k) for k in range(len(MIXED))))
         assert found == {"factors", "asks", "own", "base"}
-        assert ways(pack, 2) == {"factors"} and ways(pack, 5) == {"asks"}
+        assert ways(pack, 2) == {"factors"} and ways(pack, 4) == {"asks"}
 
 
 def packable(preset: str, dropout: float) -> dict[str, Any] | str:
