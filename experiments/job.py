@@ -146,6 +146,8 @@ class Held(BadInput):
 class Ground:
     """What a run stands on. One that several share (packed.py) remembers both."""
 
+    several = False  # runs of this process that are open at once
+
     def load(self, prepared: Prepared) -> Loaded:
         """The untouched model, the same each time."""
         task = prepared.settings.task
@@ -191,11 +193,11 @@ def work(
     prepared: Prepared, screen: Screen, group: str, team: Team = ALONE, ground: Ground | None = None
 ) -> Work:
     """The run of these settings."""
-    folder, settings = prepared.folder, prepared.settings
+    folder, settings, ground = prepared.folder, prepared.settings, ground or Ground()
     notes = team.together(lambda: team.take(prepared))
     finished = team.tell(lambda: folder.result)
     if finished is not None and not settings.rerun:
-        _say_finished(prepared, finished, screen, group, team)
+        _say_finished(prepared, finished, screen, group, team, ground)
         return finished
     with contextlib.ExitStack() as held:
         team.together(lambda: team.first(_hold, folder, held))
@@ -205,7 +207,7 @@ def work(
             return finished
         if finished is not None:
             screen.say(f"the finished run was set aside as {team.first(folder.set_aside)}")
-        return (yield from _run(prepared, screen, group, team, notes, ground or Ground()))
+        return (yield from _run(prepared, screen, group, team, notes, ground))
 
 
 def _hold(folder: Folder, held: contextlib.ExitStack) -> None:
@@ -214,7 +216,12 @@ def _hold(folder: Folder, held: contextlib.ExitStack) -> None:
 
 
 def _say_finished(
-    prepared: Prepared, finished: dict[str, Any], screen: Screen, group: str, team: Team
+    prepared: Prepared,
+    finished: dict[str, Any],
+    screen: Screen,
+    group: str,
+    team: Team,
+    ground: Ground,
 ) -> None:
     folder = prepared.folder
     changed = folder.changed_sources()
@@ -224,7 +231,7 @@ def _say_finished(
             f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
             f"again beside the old one"
         )
-    team.first(_regroup, prepared, finished, screen, group)
+    team.first(_regroup, prepared, finished, screen, group, ground.several)
     screen.say("finished before; rerun=true runs it again beside the old one")
     if not (folder.path / "adapter" / "adapter.json").is_file():
         screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
@@ -287,7 +294,9 @@ def _run(
     return result
 
 
-def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> None:
+def _regroup(
+    prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str, beside: bool
+) -> None:
     """A finished run that a later sweep asks for joins that sweep's W&B group."""
     settings, folder = prepared.settings, prepared.folder
     group = settings.track.group or settings.study or group
@@ -305,6 +314,7 @@ def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, grou
             tags=_tags(prepared),
             config=config,  # type: ignore[arg-type]
             say=screen.say,
+            beside=beside,
         )
         tracker.finish(summary(result))
         folder.set_status(result["status"], group=group)
@@ -383,6 +393,7 @@ class Run:
             tags=_tags(prepared),
             config=config,
             say=screen.say,
+            beside=ground.several,
         )
 
     def _settled(self, model: Any) -> Any:

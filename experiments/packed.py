@@ -36,6 +36,8 @@ LOOKED_AT = 8  # steps, for how many rows a step of several jobs has
 class OneBase(Ground):
     """The model that all jobs here stand on, loaded and scored once."""
 
+    several = True
+
     def __init__(self) -> None:
         self.loaded: Loaded | None = None
         self.found: dict[str, Any] | None = None
