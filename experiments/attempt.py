@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,32 @@ def job(cfg: DictConfig) -> dict[str, Any] | None:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         return _single(cfg)
-    about = {"config": OmegaConf.to_container(cfg, resolve=True), "group": hydra.job.name,
-             "cwd": hydra.runtime.cwd,
-             "alone": hydra.runtime.choices["hydra/launcher"] == "basic"}  # fmt: skip
-    if _asked():
+    about = about_job(cfg, hydra)
+    if asked():
         return {"status": "interrupted", "error": "stopped"}
     if cfg.sweep.isolate:
         settings = settings_of(cfg).sweep
-        with _deaf():
-            line = isolate.run(about, limit=settings.time_limit, grace=settings.grace, stop=_asked)
+        with deaf():
+            line = isolate.run(about, limit=settings.time_limit, grace=settings.grace, stop=asked)
     else:
         line = attempt(about)
         if line["status"] == "interrupted":
             raise KeyboardInterrupt(line["error"])
+    return complained(line, hydra.job.override_dirname)
+
+
+def about_job(cfg: DictConfig, hydra: Any) -> dict[str, Any]:
+    """What the process of a job has to know; `hydra`: Hydra's part of the configuration."""
+    return {"config": OmegaConf.to_container(cfg, resolve=True), "group": hydra.job.name,
+            "cwd": hydra.runtime.cwd,
+            "alone": hydra.runtime.choices["hydra/launcher"] == "basic"}  # fmt: skip
+
+
+def complained(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """The line of a job of that name; what it failed of is said."""
     if line["status"] in NOT_AGAIN:
         line["error"] = line["error"][:1000]
-        print(f"{line['status']}: {hydra.job.override_dirname}: {line['error']}", file=sys.stderr)
+        print(f"{line['status']}: {name}: {line['error']}", file=sys.stderr)
     return line
 
 
@@ -97,8 +107,22 @@ def alone(cfg: DictConfig, members: Team) -> None:
 
 
 def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None) -> dict[str, Any]:
-    """Runs one job of a sweep in this process; its line. `tell` hears of its folder at once."""
-    from .job import Held, prepare, run
+    """Runs one job of a sweep in this process, or the jobs of a pack; its line. `tell` hears of its
+    folder at once."""
+    if "pack" in about:
+        from .packed import attempt_all
+
+        return attempt_all(**about["pack"])
+    from .job import alone
+
+    return alone(attempting(about, tell))
+
+
+def attempting(
+    about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None, ground: Any = None
+) -> Generator[Any, None, dict[str, Any]]:
+    """The attempt, which gives its trainer out where the training belongs (job.py); its line."""
+    from .job import Held, prepare, work
     from .screen import Screen
 
     screen, folder, found = Screen(brief=True, bar=about["alone"]), None, {}
@@ -107,7 +131,8 @@ def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None)
         folder = prepared.folder
         found["run"] = str(folder.path)
         tell(folder.path)
-        return {"status": run(prepared, screen, about["group"])["status"], **found}
+        result = yield from work(prepared, screen, about["group"], ground=ground)
+        return {"status": result["status"], **found}
     except Held as error:
         return {"status": "running", "error": one_line(error), **found}
     except KeyboardInterrupt as error:
@@ -131,7 +156,7 @@ def attempt(about: dict[str, Any], tell: Callable[[Path], Any] = lambda _: None)
         screen.close()
 
 
-def _asked() -> int:
+def asked() -> int:
     """The signal by which the user asked this job's sweep to stop, or 0."""
     file = Path(os.environ.get(STOP, os.devnull))
     try:
@@ -141,7 +166,7 @@ def _asked() -> int:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
+def deaf() -> Iterator[None]:
     """A worker leaves a terminal's interrupt to the driver, which asks all jobs to stop."""
     driver = os.environ.get(STOP, "").endswith(f"-{socket.gethostname()}-{os.getpid()}.stop")
     if driver or threading.current_thread() is not threading.main_thread():

@@ -187,7 +187,11 @@ def _mean_loss(rows: Sequence[Row]) -> float:
 def training_loss(model: nn.Module, batch: dict[str, Tensor], tokens: int) -> Tensor:
     """The summed loss of the response tokens over `tokens`, those of the whole batch."""
     logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
-    labels = batch["labels"]
+    return loss_of(logits, batch["labels"], tokens)
+
+
+def loss_of(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
+    """See `training_loss`."""
     if labels.ndim == 1:
         return classifier_loss(logits.float(), labels, "sum") / tokens
     labels = labels[:, 1:]

@@ -10,7 +10,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,15 +143,61 @@ class Held(BadInput):
     """Another process has this very run."""
 
 
+class Ground:
+    """What a run stands on. One that several share (packed.py) remembers both."""
+
+    several = False  # runs of this process that are open at once
+
+    def load(self, prepared: Prepared) -> Loaded:
+        """The untouched model, the same each time."""
+        task = prepared.settings.task
+        torch.manual_seed(prepared.settings.seed)  # a new head draws from here
+        return prepared.source.load(task.num_labels, regression=task.num_labels == 1)
+
+    def scores(self, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the untouched model reaches, as `score` finds it."""
+        return score()
+
+
+# A run is a generator: it gives its trainer out where the training belongs, goes on when that is
+# done, and returns result.json's content; what the training raises is raised in it.
+Work = Generator[Trainer, None, dict[str, Any]]
+
+
 def run(
     prepared: Prepared, screen: Screen, group: str = "single", team: Team = ALONE
 ) -> dict[str, Any]:
     """Runs, or resumes, or reports what is finished; returns result.json's content."""
-    folder, settings = prepared.folder, prepared.settings
+    return alone(work(prepared, screen, group, team))
+
+
+def alone(job: Work, trainer: Trainer | None = None) -> dict[str, Any]:
+    """To the end of a run that no other trains beside, or of what holds one; what it returns.
+
+    `trainer`: what it gave out already.
+    """
+    try:
+        trainer = trainer or next(job)
+        while True:
+            try:
+                trainer.train()
+            except BaseException as error:
+                trainer = job.throw(error)
+            else:
+                trainer = next(job)
+    except StopIteration as end:
+        return end.value
+
+
+def work(
+    prepared: Prepared, screen: Screen, group: str, team: Team = ALONE, ground: Ground | None = None
+) -> Work:
+    """The run of these settings."""
+    folder, settings, ground = prepared.folder, prepared.settings, ground or Ground()
     notes = team.together(lambda: team.take(prepared))
     finished = team.tell(lambda: folder.result)
     if finished is not None and not settings.rerun:
-        _say_finished(prepared, finished, screen, group, team)
+        _say_finished(prepared, finished, screen, group, team, ground)
         return finished
     with contextlib.ExitStack() as held:
         team.together(lambda: team.first(_hold, folder, held))
@@ -161,7 +207,7 @@ def run(
             return finished
         if finished is not None:
             screen.say(f"the finished run was set aside as {team.first(folder.set_aside)}")
-        return _run(prepared, screen, group, team, notes)
+        return (yield from _run(prepared, screen, group, team, notes, ground))
 
 
 def _hold(folder: Folder, held: contextlib.ExitStack) -> None:
@@ -170,7 +216,12 @@ def _hold(folder: Folder, held: contextlib.ExitStack) -> None:
 
 
 def _say_finished(
-    prepared: Prepared, finished: dict[str, Any], screen: Screen, group: str, team: Team
+    prepared: Prepared,
+    finished: dict[str, Any],
+    screen: Screen,
+    group: str,
+    team: Team,
+    ground: Ground,
 ) -> None:
     folder = prepared.folder
     changed = folder.changed_sources()
@@ -180,7 +231,7 @@ def _say_finished(
             f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
             f"again beside the old one"
         )
-    joined = team.first(_regroup, prepared, finished, screen, group)
+    joined = team.first(_regroup, prepared, finished, screen, group, ground.several)
     screen.say("finished before; rerun=true runs it again beside the old one")
     if not (folder.path / "adapter" / "adapter.json").is_file():
         screen.say(f"its adapter is gone from {folder.path}: rerun=true makes it again")
@@ -189,13 +240,18 @@ def _say_finished(
 
 
 def _run(
-    prepared: Prepared, screen: Screen, group: str, team: Team, notes: list[str]
-) -> dict[str, Any]:
+    prepared: Prepared,
+    screen: Screen,
+    group: str,
+    team: Team,
+    notes: list[str],
+    ground: Ground,
+) -> Work:
     """The run itself, its folder being held; how it ends is in status.json."""
     folder, settings = prepared.folder, prepared.settings
     device = team.together(lambda: team.device(pick_device(settings.device)))
     began = time.perf_counter()
-    loaded = team.together(lambda: load(prepared))
+    loaded = team.together(lambda: ground.load(prepared))
     if not gc.isenabled():  # off since run.py; what is there by now stays, and is not walked again
         gc.freeze()
         gc.enable()
@@ -207,9 +263,11 @@ def _run(
     team.first(folder.sweep_up)
     own = own if settings.track.mode != "disabled" else None
     team.first(folder.set_status, "running", group=own)
-    job = team.together(lambda: Run(prepared, loaded, planned, device, screen, group, began, team))
+    job = team.together(
+        lambda: Run(prepared, loaded, planned, device, screen, group, began, team, ground)
+    )
     try:
-        result = job.result(notes)
+        result = yield from job.result(notes)
     except KeyboardInterrupt as error:
         if folder.result is None:  # else there was no more to do
             team.first(folder.set_status, "interrupted", error=record.interrupted(error))
@@ -237,14 +295,9 @@ def _run(
     return result
 
 
-def load(prepared: Prepared) -> Loaded:
-    """The untouched model, the same each time."""
-    task = prepared.settings.task
-    torch.manual_seed(prepared.settings.seed)  # a new head draws from here
-    return prepared.source.load(task.num_labels, regression=task.num_labels == 1)
-
-
-def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str) -> bool:
+def _regroup(
+    prepared: Prepared, result: Mapping[str, Any], screen: Screen, group: str, beside: bool
+) -> bool:
     """A finished run that a later sweep asks for joins that sweep's W&B group; whether it did."""
     settings, folder = prepared.settings, prepared.folder
     group = settings.track.group or settings.study or group
@@ -262,6 +315,7 @@ def _regroup(prepared: Prepared, result: Mapping[str, Any], screen: Screen, grou
             tags=_tags(prepared),
             config=config,  # type: ignore[arg-type]
             say=screen.say,
+            beside=beside,
         )
         tracker.finish(summary(result))
         folder.set_status(result["status"], group=group)
@@ -308,12 +362,13 @@ class Run:
         group: str,
         began: float,
         team: Team,
+        ground: Ground,
     ) -> None:
         settings = prepared.settings
         self.prepared, self.settings, self.loaded = prepared, settings, loaded
         self.planned, self.device, self.screen, self.began = planned, device, screen, began
         self.path, self.checkpoints = prepared.folder.path, prepared.folder.path / "checkpoint"
-        self.team, self.home = team, team.home(device)
+        self.team, self.home, self.ground = team, team.home(device), ground
         self._settled(loaded.model)
         codes = [m.shape for m in loaded.model.modules() if isinstance(m, Stored)]  # of its files
         self.numbers = sum(p.numel() for p in loaded.model.parameters())  # before the adapter
@@ -340,6 +395,7 @@ class Run:
             tags=_tags(prepared),
             config=config,
             say=screen.say,
+            beside=ground.several,
         )
 
     def _settled(self, model: Any) -> Any:
@@ -358,7 +414,7 @@ class Run:
         plain["optim"]["lr"] = self.prepared.lr
         return plain
 
-    def result(self, notes: list[str]) -> dict[str, Any]:
+    def result(self, notes: list[str]) -> Work:
         """All of it; writes result.json last."""
         settings, prepared, screen = self.settings, self.prepared, self.screen
         train = self.scorer.examples(prepared.splits.train)
@@ -378,7 +434,7 @@ class Run:
         trainer = self.team.together(lambda: Trainer(self, adapter, train, scored))
         diverged = None
         try:
-            trainer.train()
+            yield trainer
         except Diverged as error:
             diverged = str(error)
             screen.say(f"diverged: {error}")
@@ -403,13 +459,20 @@ class Run:
         return self.team.tell(written)
 
     def _choose_threads(self, train: list[Example]) -> None:
-        """One thread for a model too small to share; OMP_NUM_THREADS, where set, has been heard."""
+        tokens = sum(len(e.ids) for e in train) / len(train)
+        tokens *= self.settings.train.batch_size / self.settings.train.accumulate  # type: ignore[operator]
+        self.share_out(tokens)
+        self.note_environment()
+
+    def share_out(self, tokens: float) -> None:
+        """One thread for steps too small to share; OMP_NUM_THREADS, where set, has been heard."""
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            tokens = sum(len(e.ids) for e in train) / len(train)
-            tokens *= self.settings.train.batch_size / self.settings.train.accumulate  # type: ignore[operator]
             width = self.prepared.source.width or REFERENCE_WIDTH
             torch.set_num_threads(1 if width * tokens < WORTH_A_THREAD else ALL_THREADS)
-        self.environment["device"] = _name(self.device)
+
+    def note_environment(self, **more: Any) -> None:
+        """Where the run runs, into its folder and its result."""
+        self.environment |= {"device": _name(self.device), **more}
         self.team.first(record.write_json, self.path / "env.json", self.environment)
 
     def _say_cut(self, examples: list[Example]) -> None:
@@ -440,20 +503,22 @@ class Run:
         if kept is not None:
             return kept
         began = time.perf_counter()
+        found = self.ground.scores(lambda: self._scores(scored))
+        self.eval_s += time.perf_counter() - began
+        self.team.first(self.checkpoints.mkdir, exist_ok=True)
+        self.team.first(record.write_json, file, found)
+        self.loaded.model = self.team.renewed(
+            self.loaded.model, lambda: self._settled(self.ground.load(self.prepared).model)
+        )
+        return found
+
+    def _scores(self, scored: list[Example]) -> dict[str, Any]:
         self.team.shard(self.loaded.model, self.device, ())
         self.screen.phase("scoring the base", self._portions(scored))
         scores = self.scorer.full(scored)
         old = self._forgetting()
-        forgetting = old[0].full(old[1]).metrics if old else None
-        self.eval_s += time.perf_counter() - began
-        found = {"metrics": scores.metrics, "predictions": scores.predictions,
-                 "forgetting": forgetting}  # fmt: skip
-        self.team.first(self.checkpoints.mkdir, exist_ok=True)
-        self.team.first(record.write_json, file, found)
-        self.loaded.model = self.team.renewed(
-            self.loaded.model, lambda: self._settled(load(self.prepared).model)
-        )
-        return found
+        return {"metrics": scores.metrics, "predictions": scores.predictions,
+                "forgetting": old[0].full(old[1]).metrics if old else None}  # fmt: skip
 
     def _portions(self, scored: list[Example]) -> int:
         """The batches that this process scores."""

@@ -5,9 +5,10 @@ nothing, and nothing it does can stop the run. Mode `auto` goes online where the
 network, else offline; it never asks, and never waits for long. The same run keeps its id, so that
 a resumed one continues it. A run that dies is marked failed.
 
-Lines of json go in ({"open": ...}, {"row": ...}, {"finish": ...}), others come back, with the
+Lines of json go in ({"open": ...}, {"row": ...}, {"finish": ...}), others come back, all with the
 id of the run that they are for. The runs of a sweep, each a fork, share one such process: what a
-killed one leaves there (half a line, an answer that nobody took, an open run) is passed over.
+killed one leaves there (half a line, an answer that nobody took, an open run) is passed over. One
+run is open at a time, but for those of a pack, which are open `beside` each other.
 """
 
 import contextlib
@@ -53,9 +54,9 @@ def ready() -> subprocess.Popen[str]:
 
 
 def mark_dead() -> None:
-    """The run that is open, if one is, has died: for a parent whose fork did."""
+    """The runs that are open, if any are, have died: for a parent whose fork did."""
     if _server is not None:
-        _write(_server, {"finish": {}, "failed": True})
+        _write(_server, {"id": None, "finish": {}, "failed": True})
 
 
 def _write(server: subprocess.Popen[str], message: dict[str, Any]) -> bool:
@@ -82,7 +83,9 @@ class Tracker:
         tags: list[str],
         config: dict[str, Any],
         say: Callable[[str], None],
+        beside: bool = False,
     ) -> None:
+        """`beside`: other runs of this process may be open."""
         self.say, self.enabled = say, track.mode != "disabled"
         if not self.enabled:
             return
@@ -97,7 +100,7 @@ class Tracker:
             "dir": str(folder.resolve()),
         }
         self.id = about["id"]
-        self._send({"open": about, "track": asdict(track)})
+        self._send({"open": about, "track": asdict(track), "beside": beside})
         if track.mode == "online":  # asked for by name: without it there is no run
             answer = self._answer()
             if answer.get("error"):
@@ -116,7 +119,7 @@ class Tracker:
             self.enabled = False
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self.enabled and not _write(ready(), message):
+        if self.enabled and not _write(ready(), {"id": self.id, **message}):
             self.enabled = False
             self.say("track: W&B's process ended; the run goes on without it")
 
@@ -147,40 +150,45 @@ def serve() -> None:
     """The other side: mirrors runs until its input ends. A run that was open then has died."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what W&B prints is not an answer
-    run: Any = None
-    name, said = "", list[str]()
+    runs: dict[str, tuple[Any, list[str]]] = {}  # those that are open, and what is to be said
 
-    def answer(**about: Any) -> None:
+    def answer(name: str, **about: Any) -> None:
         answers.write(json.dumps({"id": name, **about}) + "\n")
         answers.flush()
+
+    def close(name: str, summary: dict[str, Any], failed: bool) -> None:
+        run, said = runs.pop(name, (None, []))
+        if run is not None:
+            for key, value in summary.items():
+                run.summary[key] = value
+            run.finish(exit_code=int(failed))
+        answer(name, said=said)
 
     for line in sys.stdin:
         try:
             message = json.loads(line)
         except ValueError:  # empty, or the half that a killed run has written
             continue
-        if run is not None and "open" in message:  # the one before was killed
-            run.finish(exit_code=1)
+        name = message["id"]
         if "open" in message:
-            name = message["open"]["id"]
-            run, said = _open(message["open"], message["track"]["mode"])
+            for other in list(runs) if not message["beside"] else []:  # it was killed
+                close(other, {}, failed=True)
+            run, said = _open(message["open"], message["track"]["mode"], message["beside"])
+            runs[name] = run, said
             if message["track"]["mode"] == "online":
-                answer(error=None if run else said[-1])
-        elif "row" in message and run is not None:
+                answer(name, error=None if run else said[-1])
+        elif "row" in message and runs.get(name, (None,))[0] is not None:
             row = message["row"]
-            run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            values = {k: v for k, v in row.items() if k != "step"}
+            runs[name][0].log(values, step=row["step"])
         elif "finish" in message:
-            if run is not None:
-                for key, value in message["finish"].items():
-                    run.summary[key] = value
-                run.finish(exit_code=int(message["failed"]))
-                run = None
-            answer(said=said)
-    if run is not None:
-        run.finish(exit_code=1)
+            for one in list(runs) if name is None else [name]:
+                close(one, message["finish"], message["failed"])
+    for name in list(runs):
+        close(name, {}, failed=True)
 
 
-def _open(about: dict[str, Any], asked: str) -> tuple[Any, list[str]]:
+def _open(about: dict[str, Any], asked: str, beside: bool) -> tuple[Any, list[str]]:
     """(the run, what is to be said); no run where even the offline one cannot be opened."""
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -189,7 +197,8 @@ def _open(about: dict[str, Any], asked: str) -> tuple[Any, list[str]]:
     if mode == "online" and not online(_url()):
         return None, [f"no network to W&B at {_url()}"]
     settings = wandb.Settings(init_timeout=30, console="off", silent=True)
-    rest: dict[str, Any] = {"resume": "allow", "reinit": "finish_previous", "settings": settings}
+    rest: dict[str, Any] = {"resume": "allow", "settings": settings,
+                            "reinit": "create_new" if beside else "finish_previous"}  # fmt: skip
     try:
         return wandb.init(mode=mode, **about, **rest), said  # type: ignore[arg-type]
     except Exception as error:

@@ -73,6 +73,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.step, self.seconds, self.eval_s = 0, 0.0, 0.0
+        self.begun = False
         self.window = [0.0, 0.0, 0]  # summed loss and penalty, and steps, since the last row
         self.tokens = {"seen": 0, "trained": 0}
         self.measured: dict[str, Any] = {}
@@ -83,27 +84,49 @@ class Trainer:
 
     def train(self) -> None:
         """Every step that is left. Raises `Diverged` at the first number that is not finite."""
-        self.run.screen.phase("training", self.steps, done=self.step)
         try:
-            if not self.measured:
-                self.measured = self._measure()
-            if self.step == 0 and self.settings.eval_every:
-                self._validate()
+            self.begin()
             with stopping(patient=self.team.size > 1) as stop:
                 while self.step < self.steps:
                     self._advance()
                     signum = self.team.most(stop[0] if stop else 0)
                     if signum and self.step < self.steps:
-                        self._leave(signum)
+                        self.leave(signum)
         finally:
-            self.team.first(lambda: self.metrics.close())
+            self.end()
+
+    def begin(self) -> None:
+        """What comes before the first step that is left, once."""
+        if self.begun:
+            return
+        self.begun = True
+        self.run.screen.phase("training", self.steps, done=self.step)
+        if not self.measured:
+            self.measured = self._measure()
+        if self.step == 0 and self.settings.eval_every:
+            self._validate()
+
+    def end(self) -> None:
+        """What comes after the last step, however it ended."""
+        self.team.first(lambda: self.metrics.close())
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
         began = time.perf_counter()
-        loss, norm = self._one_step()
-        self.durations.append(time.perf_counter() - began)
-        self.seconds += self.durations[-1]
+        batch, tokens = self.batch()
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for part in batches.split(batch, self.settings.accumulate):
+            loss += self._backward(self.team.part(part), tokens)
+        loss = self.team.sum(loss)
+        self.team.reduce(self.adapter)
+        loss_value, norm = self.learn(batch, tokens, loss)
+        self.follow(time.perf_counter() - began, loss_value, norm)
+
+    def follow(self, seconds: float, loss: float, norm: float) -> None:
+        """What is due after a step that took so long."""
+        self.durations.append(seconds)
+        self.seconds += seconds
         self.run.screen.step(self.step, loss)
         if self._due(self.settings.log_every):
             self._log(norm)
@@ -112,7 +135,7 @@ class Trainer:
         if self._due(self.settings.checkpoint_every):
             self._save()
 
-    def _leave(self, signum: int) -> None:
+    def leave(self, signum: int) -> None:
         """Ends the run between two steps, with a checkpoint of this one."""
         where = ""
         if self.settings.checkpoint_every:
@@ -124,19 +147,20 @@ class Trainer:
         """Each `every` steps and after the last; 0: never."""
         return bool(every) and (self.step % every == 0 or self.step == self.steps)
 
-    def _one_step(self) -> tuple[float, float]:
-        """Gradients of one batch, one step of the optimizer; (loss, gradient norm)."""
-        size: int = self.settings.batch_size  # type: ignore[assignment]
-        chosen = batches.order(len(self.examples), size, self.step, self.run.settings.seed)
-        batch = [self.examples[i] for i in chosen]
-        tokens = count_tokens(batch)
-        self.model.train()
+    def batch(self) -> tuple[list[Example], int]:
+        """The items of the next step, and what their loss is averaged over."""
+        found = self.items(self.step)
         self.team.seed(self.run.settings.seed, self.step)
-        loss = torch.zeros((), device=self.device)
-        for part in batches.split(batch, self.settings.accumulate):
-            loss += self._backward(self.team.part(part), tokens)
-        loss = self.team.sum(loss)
-        self.team.reduce(self.adapter)
+        return found, count_tokens(found)
+
+    def items(self, step: int) -> list[Example]:
+        """The items of step `step`, from 0."""
+        size: int = self.settings.batch_size  # type: ignore[assignment]
+        chosen = batches.order(len(self.examples), size, step, self.run.settings.seed)
+        return [self.examples[i] for i in chosen]
+
+    def learn(self, batch: list[Example], tokens: int, loss: Tensor) -> tuple[float, float]:
+        """One step of the optimizer, by the gradients of `loss`; (loss, gradient norm)."""
         penalty = self.adapter.penalty()
         if penalty is not None:
             penalty.backward()
@@ -212,10 +236,7 @@ class Trainer:
 
         Of several processes each measures its part; the first one's counts.
         """
-        size: int = self.settings.batch_size  # type: ignore[assignment]
-        chosen = batches.order(len(self.examples), size, 0, self.run.settings.seed)
-        part = [self.examples[i] for i in chosen[: size // self.settings.accumulate]]
-        part = self.team.part(part)
+        part = self.team.part(batches.split(self.items(0), self.settings.accumulate)[0])
         state = self.adapter.state()
         self.model.train()
 

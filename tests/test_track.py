@@ -13,9 +13,11 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 NOWHERE = "http://127.0.0.1:9"
 
 
-def tracker(folder: Path, said: list[str], mode: str = "auto") -> track.Tracker:
+def tracker(
+    folder: Path, said: list[str], mode: str = "auto", beside: bool = False
+) -> track.Tracker:
     return track.Tracker(Track(mode=mode), folder, name="n", group="g", tags=[], config={"a": 1},
-                         say=said.append)  # fmt: skip
+                         say=said.append, beside=beside)  # fmt: skip
 
 
 @pytest.fixture
@@ -65,3 +67,25 @@ def test_a_stuck_process_is_left_behind(tmp_path: Path, monkeypatch: pytest.Monk
     assert said == ["track: W&B's process did not answer for 0.2 s; the run folder has everything"]
     assert stuck.poll() is not None
     stuck.communicate()
+
+
+@pytest.mark.usefixtures("own_server")
+def test_runs_of_a_pack_are_open_beside_each_other(tmp_path: Path) -> None:
+    """Each has its own rows, and one that ends leaves the other open."""
+    names, said = ("first", "second"), list[str]()
+    for name in names:
+        (tmp_path / f"{name}-{name}").mkdir()
+    runs = [tracker(tmp_path / f"{name}-{name}", said, "offline", beside=True) for name in names]
+    for step in (1, 2):
+        for name, run in zip(names, runs, strict=True):
+            run.log({"step": step, f"loss_of_{name}": float(step)})
+    runs[0].finish({"status": "done"})
+    runs[1].log({"step": 3, "after_the_other": 1.0})
+    runs[1].finish({"status": "done"})
+    assert not said
+    for name, other in (names, names[::-1]):
+        (file,) = (tmp_path / f"{name}-{name}").glob("wandb/offline-run-*/run-*.wandb")
+        content = file.read_bytes()
+        assert f"loss_of_{name}".encode() in content
+        assert f"loss_of_{other}".encode() not in content
+        assert (b"after_the_other" in content) == (name == "second")
