@@ -51,7 +51,7 @@ def test_online_asked_for_by_name_is_not_replaced(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", NOWHERE)
-    with pytest.raises(track.BadInput, match=f"track.mode=online: no network.* {NOWHERE}"):
+    with pytest.raises(track.NotHere, match=f"track.mode=online: no network.* {NOWHERE}"):
         tracker(tmp_path, [], "online")
 
 
