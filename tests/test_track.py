@@ -1,6 +1,7 @@
 """Weights & Biases is a mirror: with a key and no network, or stuck, it costs a run nothing."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def test_a_stuck_process_is_left_behind(tmp_path: Path, monkeypatch: pytest.Monk
     stuck.communicate()
 
 
+def written(folder: Path) -> bytes:
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return file.read_bytes()
+
+
 @pytest.mark.usefixtures("own_server")
 def test_runs_of_a_pack_are_open_beside_each_other(tmp_path: Path) -> None:
     """Each has its own rows, and one that ends leaves the other open."""
@@ -83,9 +89,12 @@ def test_runs_of_a_pack_are_open_beside_each_other(tmp_path: Path) -> None:
     runs[1].log({"step": 3, "after_the_other": 1.0})
     runs[1].finish({"status": "done"})
     assert not said
+    second = tmp_path / "second-second"
+    end = time.monotonic() + 30  # W&B may write the last of it a little later
+    while b"after_the_other" not in written(second) and time.monotonic() < end:
+        time.sleep(0.1)
     for name, other in (names, names[::-1]):
-        (file,) = (tmp_path / f"{name}-{name}").glob("wandb/offline-run-*/run-*.wandb")
-        content = file.read_bytes()
+        content = written(tmp_path / f"{name}-{name}")
         assert f"loss_of_{name}".encode() in content
         assert f"loss_of_{other}".encode() not in content
         assert (b"after_the_other" in content) == (name == "second")
