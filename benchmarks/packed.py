@@ -23,8 +23,8 @@ import variants
 from variants._packed import Pack, twin
 from variants._targets import HEADS
 
+from .clock import CLOCKS, ratio, rounds
 from .memory import DTYPES, TARGETS
-from .quantization import CLOCKS, ratio, rounds
 
 VOCABULARY = 512
 NAMES = ("width", "layers", "dtype", "base", "tokens", "slices", "preset")
