@@ -99,8 +99,8 @@ BUGS = [
     ),
     Bug(
         "dvora",
-        'return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms}',
-        'return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms.square()}',
+        'generator), "m": norms}',
+        'generator), "m": norms.square()}',
         "DVoRA's magnitude starts at the squared norms",
     ),
     Bug(
@@ -111,7 +111,7 @@ BUGS = [
     ),
     Bug(
         "vera",
-        'return f"r{r}" if share == "largest" else f"{m}x{n}-r{r}"',
+        'return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"',
         'return f"{m}x{n}-r{r}"',
         "share=largest gives each shape a pair of its own",
     ),

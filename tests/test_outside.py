@@ -151,3 +151,24 @@ def test_a_file_that_was_edited_is_read_again(half: Path) -> None:
 def test_a_model_that_is_one_layer_is_refused() -> None:
     with pytest.raises(variants.Incompatible, match="wrap it"):
         variants.attach(torch.nn.Linear(8, 6), "lora", rank=2)
+
+
+def test_a_variant_may_extend_another(half: Path) -> None:
+    """Settings, traits and methods are the parent's, so a change of one line is a file of one."""
+    half.write_text(
+        '"""Doubled: DoRA of twice the weight, for a test."""\n'
+        "from dataclasses import dataclass\n\n"
+        "from variants._registry import preset\n"
+        "from variants.dora import DoRA\n\n\n"
+        "@dataclass(frozen=True)\n"
+        'class Doubled(DoRA, name="half"):\n'
+        "    def weight(self, W0, p, s):\n"
+        "        return 2 * super().weight(W0, p, s)\n\n\n"
+        'preset("half", form="half", rank=4, alpha=8, lr=2e-4, lr_origin="LoRA\'s")\n'
+    )
+    adapter = variants.attach(Toy(), str(half), rank=2, form={"name": "half", "detach_norm": False})
+    layer = next(iter(adapter.layers.values()))
+    assert torch.allclose(layer.weight, 2 * layer.W0, atol=1e-6)
+    assert variants.describe("half")["parameters"] == "r*(m + n) + m"
+    with pytest.raises(variants.Incompatible, match="its settings: detach_norm"):
+        variants.attach(Toy(), "half", form={"name": "half", "wrong": 1})

@@ -132,16 +132,37 @@ def _members(
     return fields, traits, docs
 
 
-def _part(node: ast.ClassDef, module: str) -> PartInfo | None:
-    """What the class declares, if it is a part with a name."""
-    parents = [p.id for p in node.bases if isinstance(p, ast.Name) and p.id in _axis_classes()]
+def _part(node: ast.ClassDef, module: str, tree: ast.Module) -> PartInfo | None:
+    """What the class declares, if it is a part with a name; with what its parent does, which is an
+    abstract class or a part of another variant file (`from .vera import VeRA`)."""
     names = [_literal(k.value, module) for k in node.keywords if k.arg == "name"]
-    if not parents or not names:
-        return None
-    axis, inherited = _axis_classes()[parents[0]]
+    parents = [p.id for p in node.bases if isinstance(p, ast.Name)] if names else []
     fields, traits, docs = _members(node, module)
     doc = ast.get_docstring(node) or ""
-    return PartInfo(axis, names[0], module, node.name, doc, fields, docs, inherited | traits)
+    for parent in parents:
+        if parent in _axis_classes():
+            axis, inherited = _axis_classes()[parent]
+            return PartInfo(axis, names[0], module, node.name, doc, fields, docs,
+                            inherited | traits)  # fmt: skip
+        other = _elsewhere(parent, tree)
+        if other is not None:
+            return PartInfo(other.axis, names[0], module, node.name, doc, other.fields | fields,
+                            other.docs | docs, other.traits | traits)  # fmt: skip
+    return None
+
+
+def _elsewhere(cls: str, tree: ast.Module) -> PartInfo | None:
+    """The part of that class in the variant file that `tree` imports it from."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and cls in [a.name for a in node.names]:
+            path = PACKAGE / f"{(node.module or '').rpartition('.')[2]}.py"
+            if path.name.startswith("_") or not path.is_file():
+                return None
+            other = ast.parse(path.read_text())
+            for own in other.body:
+                if isinstance(own, ast.ClassDef) and own.name == cls:
+                    return _part(own, f"{PACKAGE.name}.{path.stem}", other)
+    return None
 
 
 def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
@@ -264,7 +285,7 @@ def index() -> tuple[dict[str, dict[str, PartInfo]], dict[str, PresetInfo]]:
             raise Incompatible(f"{OUTSIDE}: {path}: {error.strerror}") from error
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
-                part = _part(node, module)
+                part = _part(node, module, tree)
                 if part is not None:
                     _add(all_parts[part.axis], part.name, part)
             elif (

@@ -22,53 +22,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._api import Form, Tensors
+from ._api import Tensors
 from ._layer import Adapted
 from ._registry import preset
 from .dora import DoRA
-from .vera import check_share, draw, factors, pair_of
+from .vera import VeRA, factors
 
 
 @dataclass(frozen=True)
-class DVoRA(Form, name="dvora"):
+class DVoRA(VeRA, name="dvora"):
     """DoRA's magnitude on VeRA's direction."""
 
-    d_init: float = 0.1
-    """where d begins"""
-    share: str = "shape"
-    """`shape`: a pair for each shape; `largest`: one pair, cut to size (PEFT)"""
     detach_norm: bool = True
     """take ||V|| as a constant in backward"""
 
-    rank_means = "r, the number of shared random directions; it may exceed the matrix"
     parameters = "2*m + r"
-    constants = ("A", "B")
-    shared = ("A", "B")
-    redrawn = ("A", "B")
-    scaled = False
-    rank_is_bounded = False
-
-    def __post_init__(self) -> None:
-        check_share(self, self.share)
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
-        return {"d": (r,), "b": (m,), "m": (m,)}
+        return {**super().shapes(m, n, r), "m": (m,)}
 
     def start(self, W0: Tensor, r: int, s: float, generator: torch.Generator) -> Tensors:
         norms = torch.linalg.vector_norm(W0, dim=1)
-        d = W0.new_full((r,), self.d_init)
-        return {"d": d, "b": W0.new_zeros(W0.shape[0]), "m": norms}
-
-    def start_shared(
-        self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
-    ) -> Tensors:
-        return draw(m, n, r, generator, like)
-
-    def key(self, m: int, n: int, r: int) -> str:
-        return pair_of(self.share, m, n, r)
-
-    def rank_of(self, m: int, n: int, r: int, where: str) -> int:
-        return r
+        return {**super().start(W0, r, s, generator), "m": norms}
 
     def weight(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         A, B = factors(p, *W0.shape)

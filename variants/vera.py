@@ -38,26 +38,9 @@ from ._layer import Adapted
 from ._registry import Incompatible, preset
 
 
-def check_share(form: Form, share: str) -> None:
-    """Refuses a rule of sharing that there is not."""
-    if share not in ("shape", "largest"):
-        raise Incompatible(f"{form}: share={share}; choices: shape, largest")
-
-
-def draw(m: int, n: int, r: int, generator: torch.Generator, like: Tensor) -> Tensors:
-    """A [r, n] and B [m, r] from U(-sqrt(6 / fan-in), sqrt(6 / fan-in))."""
-    A, B = (kaiming(*shape, like, generator) for shape in ((r, n), (m, r)))
-    return {"A": 6**0.5 * A, "B": 6**0.5 * B}
-
-
 def factors(p: Tensors, m: int, n: int) -> tuple[Tensor, Tensor]:
     """diag(d) A and diag(b) B, of a pair that may be larger than the layer."""
     return p["d"][:, None] * p["A"][:, :n], p["b"][:, None] * p["B"][:m]
-
-
-def pair_of(share: str, m: int, n: int, r: int) -> str:
-    """The name of the pair that a layer of this shape and rank uses."""
-    return f"r{r}" if share == "largest" else f"{m}x{n}-r{r}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,8 @@ class VeRA(Form, name="vera"):
     rank_is_bounded = False
 
     def __post_init__(self) -> None:
-        check_share(self, self.share)
+        if self.share not in ("shape", "largest"):
+            raise Incompatible(f"{self}: share={self.share}; choices: shape, largest")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"d": (r,), "b": (m,)}
@@ -89,10 +73,12 @@ class VeRA(Form, name="vera"):
     def start_shared(
         self, m: int, n: int, r: int, generator: torch.Generator, like: Tensor
     ) -> Tensors:
-        return draw(m, n, r, generator, like)
+        # U(-sqrt(6 / fan-in), sqrt(6 / fan-in))
+        A, B = (kaiming(*shape, like, generator) for shape in ((r, n), (m, r)))
+        return {"A": 6**0.5 * A, "B": 6**0.5 * B}
 
     def key(self, m: int, n: int, r: int) -> str:
-        return pair_of(self.share, m, n, r)
+        return f"r{r}" if self.share == "largest" else f"{m}x{n}-r{r}"
 
     def rank_of(self, m: int, n: int, r: int, where: str) -> int:
         return r
