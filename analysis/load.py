@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ def read(path: Path) -> Any:
         return None
     except ValueError:
         raise Truncated(f"{path}: truncated, or not json") from None
+
+
+def lines(path: Path) -> Iterator[Any]:
+    """The json of each line of a file."""
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise Truncated(f"{path}, line {number}: truncated, or not json") from None
+        yield row
 
 
 def _state(folder: Path) -> dict[str, str]:
@@ -327,8 +337,7 @@ def items(sources: Sequence[str]) -> list[list[float]] | None:
         if not path.is_file():
             return None
         names, values = [], []
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
+        for row in lines(path):
             if isinstance(row, dict):
                 names.append(row.get("id"))
                 if isinstance(row.get("tuned"), float):

@@ -4,7 +4,6 @@ and figures.
 Each function takes the units of one comparison (`verdicts.units`) and returns rows of numbers.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import aggregates, stats
-from .load import Table, lower_is_better
+from .load import Table, lines, lower_is_better
 from .verdicts import Rules, Unit, margin_of
 
 Rows = list[dict[str, Any]]
@@ -218,11 +217,8 @@ def stability(units: Sequence[Unit]) -> Rows:
 @cache
 def history(source: str) -> tuple[dict[str, Any], ...]:
     """The rows of a run's metrics.jsonl; none where there is no such file."""
-    try:
-        lines = (Path(source) / "metrics.jsonl").read_text().splitlines()
-    except OSError:
-        return ()
-    return tuple(json.loads(line) for line in lines if line.strip())
+    file = Path(source) / "metrics.jsonl"
+    return tuple(lines(file)) if file.is_file() else ()
 
 
 def _spikes(source: str) -> int | None:

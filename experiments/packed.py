@@ -27,7 +27,7 @@ from .job import Ground, Prepared, Work, alone, pick_device
 from .measure import resident_bytes
 from .model import Loaded
 from .record import Terminated
-from .train import Diverged, Trainer, stopping
+from .train import Trainer, stopping
 
 WORTH = 4  # steps of a job's size, which a pack must have room for (docs/log.md)
 LOOKED_AT = 8  # steps, for how many rows a step of several jobs has
@@ -256,7 +256,7 @@ def step(pack: Pack, live: Sequence[Slice]) -> dict[int, tuple[Slice, BaseExcept
                 loss_value, norm = trainer.learn(items, tokens, loss)
                 seconds = share + time.perf_counter() - began
                 trainer.follow(seconds, loss_value, norm)
-        except (Diverged, Exception) as error:
+        except Exception as error:  # such as Diverged
             over[one.place] = one, error
             continue
         if trainer.step >= trainer.steps:

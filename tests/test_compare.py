@@ -472,6 +472,20 @@ def test_a_result_of_another_schema_is_refused_by_name(
     assert f"error: {file}: schema 2; this code reads schema 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["predictions.jsonl", "metrics.jsonl"])
+def test_a_truncated_line_is_refused_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for variant in ("lora", "dora"):
+        made_run(tmp_path / "runs" / variant, variant=variant)
+    file = tmp_path / "runs" / "dora" / name
+    whole = '{"id": "a", "reference": "b", "tuned": "b", "step": 1, "loss": 1.0}\n'
+    (tmp_path / "runs" / "lora" / name).write_text(whole)
+    file.write_text(whole + whole[:20])
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {file}, line 2: truncated, or not json" in capsys.readouterr().err
+
+
 def test_departures_of_a_study_stand_above_its_fairness(tmp_path: Path) -> None:
     for name in ("lora", "dora"):
         made_run(tmp_path / "mine" / name, variant=name)
