@@ -734,10 +734,11 @@ BUGS = [
         "increlora",
     ),
     Bug(
-        "increlora",
+        "increments",
         "resting = 1e-5 if",
         "resting = 0.0 if",
         "a reserve whose E is zero: its P and Q learn nothing",
+        "increlora",
     ),
     Bug(
         "increments",
@@ -1476,7 +1477,13 @@ BUGS = [
         "reserve = range(before,",
         "triplets that were learned in advance warm up again",
     ),
-    Bug("increlora", "fill_(used / layer.rank)", "fill_(1.0)", "the share in use stays at 1"),
+    Bug(
+        "increments",
+        "fill_(used / layer.rank)",
+        "fill_(1.0)",
+        "the share in use stays at 1",
+        "increlora",
+    ),
     Bug(
         "relora",
         'or step >= state["steps"]',

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ._layer import Adapted
 
 Tensors = Mapping[str, Any]  # of tensors; an nn.ParameterDict is one in all but its type
+Layers = Mapping[str, "Adapted"]  # by name
+State = dict[str, Any]  # an allocation's, saved with the adapter
 Storing = Callable[[Tensor], Tensor]  # a matrix as a layer's base gives it back, in its dtype
 
 
@@ -294,34 +296,30 @@ class Allocation(Measuring):
         """The rank of each layer before training, by name; layers left out keep theirs."""
         return {}
 
-    def begin(self, layers: Mapping[str, "Adapted"], steps: int) -> dict[str, Any]:
+    def begin(self, layers: Layers, steps: int) -> State:
         """The state before the first step of a run of `steps` optimizer steps."""
         return {}
 
-    def resumed(self, layers: Mapping[str, "Adapted"], state: dict[str, Any]) -> None:
+    def resumed(self, layers: Layers, state: State) -> None:
         """Puts into the layers what `state` says of them (`seen`): a run continues from it."""
 
-    def penalty(self, layers: Mapping[str, "Adapted"]) -> Tensor | None:
+    def penalty(self, layers: Layers) -> Tensor | None:
         """A term of the training loss, and of no other; None: no term."""
         return None
 
-    def after_step(
-        self, layers: Mapping[str, "Adapted"], state: dict[str, Any], step: int
-    ) -> Sequence[Tensor]:
+    def after_step(self, layers: Layers, state: State, step: int) -> Sequence[Tensor]:
         """Runs after step `step` (from 1) of the optimizer, before gradients are cleared.
 
         Returns the tensors whose optimizer state went stale.
         """
         return ()
 
-    def noted(self, layers: Mapping[str, "Adapted"], state: dict[str, Any]) -> Sequence[Tensor]:
+    def noted(self, layers: Layers, state: State) -> Sequence[Tensor]:
         """Tensors of the state that backward passes add to, one for each portion of a batch. Where
         several processes share a batch, each is summed over them, as gradients are."""
         return ()
 
-    def ranks(
-        self, layers: Mapping[str, "Adapted"], state: dict[str, Any] | None
-    ) -> dict[str, int]:
+    def ranks(self, layers: Layers, state: State | None) -> dict[str, int]:
         """The directions in use, by layer; without a state (a loaded adapter) by its tensors."""
         return {name: layer.rank for name, layer in layers.items()}
 

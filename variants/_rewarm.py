@@ -21,15 +21,14 @@ Of a warm-up of four steps that begins after step 10, steps 11 to 13 go a part o
 14 2.5 []
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
-from ._layer import Adapted
+from ._api import Layers, State
 
 
-def begin(state: dict[str, Any]) -> None:
+def begin(state: State) -> None:
     """Nothing warms up yet."""
     state["since"], state["before"] = {}, {}
 
@@ -39,7 +38,7 @@ def key_of(layer: str, tensor: str) -> str:
     return f"{layer}:{tensor}"
 
 
-def shorten(layers: Mapping[str, Adapted], state: dict[str, Any], step: int, length: int) -> None:
+def shorten(layers: Layers, state: State, step: int, length: int) -> None:
     """Makes the step that was just taken, number `step`, the part of it that the warm-up allows."""
     for key, before in state["before"].items():
         layer, _, k = key.rpartition(":")
@@ -48,8 +47,8 @@ def shorten(layers: Mapping[str, Adapted], state: dict[str, Any], step: int, len
 
 
 def hold(
-    layers: Mapping[str, Adapted],
-    state: dict[str, Any],
+    layers: Layers,
+    state: State,
     step: int,
     length: int,
     new: Iterable[str] = (),

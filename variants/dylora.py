@@ -43,16 +43,15 @@ A layer of rank 2 beside one of rank 4 is whole at b = 3, at its own scale:
 [1.33, 1.0]
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._api import Allocation, Tensors
+from ._api import Allocation, Layers, State, Tensors
 from ._factors import need_product, seed_of
-from ._layer import Adapted
 from ._registry import preset
 
 if TYPE_CHECKING:
@@ -74,21 +73,19 @@ class DyLoRA(Allocation, name="dylora"):
         if choice.init.moves_base:
             raise self.refuse(choice.init, "an init that leaves the base, since it shows a part")
 
-    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+    def begin(self, layers: Layers, steps: int) -> State:
         state = {"steps": steps, "seed": seed_of(layers), "b": 0, "budget": 0}
         self._next(layers, state, 1)
         return state
 
-    def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
+    def resumed(self, layers: Layers, state: State) -> None:
         self.show(layers, state["b"])
 
-    def after_step(
-        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
-    ) -> Sequence[Tensor]:
+    def after_step(self, layers: Layers, state: State, step: int) -> Sequence[Tensor]:
         self._next(layers, state, step + 1)
         return ()
 
-    def _next(self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int) -> None:
+    def _next(self, layers: Layers, state: State, step: int) -> None:
         """Draws b of `step`; after the last it is 0."""
         largest = max(layer.rank for layer in layers.values())
         generator = torch.Generator().manual_seed(state["seed"] + step)
@@ -98,7 +95,7 @@ class DyLoRA(Allocation, name="dylora"):
         state["budget"] = sum(min(shown, layer.rank) for layer in layers.values())
         self.resumed(layers, state)
 
-    def show(self, layers: Mapping[str, Adapted], b: int) -> None:
+    def show(self, layers: Layers, b: int) -> None:
         """Lets every layer see its first b directions in training; 0: all of them."""
         for layer in layers.values():
             own = min(b, layer.rank)

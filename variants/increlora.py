@@ -68,18 +68,17 @@ With `top` left open, as many matrices a round as reach the target by `until`: 7
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import _rewarm
-from ._api import Allocation, in_steps
-from ._layer import Adapted
+from ._api import Allocation, Layers, State, in_steps
 from ._registry import Incompatible, preset
-from .increments import Increments, in_use, off_orthogonal, shown
+from .increments import Increments, in_use, off_orthogonal, settle, show
 from .triplet import averaged
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Growth(Allocation, name="increlora"):
         if not isinstance(choice.form, Increments):
             raise self.refuse(choice.form, "a form that grows by triplets (increlora)")
 
-    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+    def begin(self, layers: Layers, steps: int) -> State:
         times = (self.warmup, self.until, self.every, self.restart)
         warmup, until, every, restart = (in_steps(t, steps) for t in times)
         used = {n: in_use(la) or min(self.initial, la.rank) for n, la in layers.items()}
@@ -144,21 +143,17 @@ class Growth(Allocation, name="increlora"):
         state = {"target": max(target, start), "top": top, "warmup": warmup, "every": max(1, every),
                  "restart": restart, "mean": zeros, "uncertainty": zeros.clone(), "score": {},
                  "used": used, "since": {}, "before": {}}  # fmt: skip
-        self._count(layers, state)
+        settle(layers, state, self.add)
         return state
 
-    def resumed(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
-        grows = state["budget"] < state["target"]
-        for name, layer in layers.items():
-            used = state["used"][name]
-            count = min(used + self.add, layer.rank) if grows else used
-            layer.seen = shown(name, layer, used, count, state["score"] if grows else None), 1.0
+    def resumed(self, layers: Layers, state: State) -> None:
+        show(layers, state, self.add)
 
-    def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
+    def penalty(self, layers: Layers) -> Tensor | None:
         found = [off for layer in layers.values() for off in off_orthogonal(layer.p, self.angles)]
         return self.orthogonality * torch.cat(found).mean()
 
-    def noted(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> Sequence[Tensor]:
+    def noted(self, layers: Layers, state: State) -> Sequence[Tensor]:
         if state["budget"] >= state["target"]:
             return ()
         score = state["score"]
@@ -168,9 +163,7 @@ class Growth(Allocation, name="increlora"):
         return [score[name] for name in layers]
 
     @torch.no_grad()
-    def after_step(
-        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
-    ) -> Sequence[Tensor]:
+    def after_step(self, layers: Layers, state: State, step: int) -> Sequence[Tensor]:
         _rewarm.shorten(layers, state, step, state["restart"])
         new = []
         if state["budget"] < state["target"]:
@@ -184,9 +177,7 @@ class Growth(Allocation, name="increlora"):
         _rewarm.hold(layers, state, step, state["restart"], new)
         return ()
 
-    def _grow(
-        self, layers: Mapping[str, Adapted], state: dict[str, Any], scores: list[float]
-    ) -> list[str]:
+    def _grow(self, layers: Layers, state: State, scores: list[float]) -> list[str]:
         """Gives the best matrices their reserve, and a new one; the names of what is new."""
         used, new = state["used"], []
         order = sorted(zip((-score for score in scores), layers, strict=True))
@@ -198,32 +189,12 @@ class Growth(Allocation, name="increlora"):
             new += [_rewarm.key_of(name, f"E{j}") for j in range(before, after)]
             reserve = range(before + self.add, min(after + self.add, rank))
             new += [_rewarm.key_of(name, f"{k}{j}") for j in reserve for k in "PQ"]
-        self._count(layers, state)
+        settle(layers, state, self.add)
         return new
 
-    @torch.no_grad()
-    def _count(self, layers: Mapping[str, Adapted], state: dict[str, Any]) -> None:
-        """Brings the layers in line with the numbers in use."""
-        state["budget"] = sum(state["used"].values())
-        resting = 1e-5 if state["budget"] < state["target"] else 0.0
-        for name, layer in layers.items():
-            used = state["used"][name]
-            layer.params["share"].fill_(used / layer.rank)
-            for j in range(used, min(used + self.add, layer.rank)):
-                layer.params[f"E{j}"].fill_(resting)
-        self.resumed(layers, state)
-
-    def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
+    def ranks(self, layers: Layers, state: State | None) -> dict[str, int]:
         return {name: in_use(layer) for name, layer in layers.items()}
 
 
-preset(
-    "increlora",
-    form="increlora",
-    allocation="increlora",
-    rank=8,
-    alpha=16,
-    lr=8e-4,
-    lr_origin="the official script for DeBERTaV3-base on SST-2, target rank 8",
-    width=768,
-)
+preset("increlora", form="increlora", allocation="increlora", rank=8, alpha=16, lr=8e-4, width=768,
+       lr_origin="the official script for DeBERTaV3-base on SST-2, target rank 8")  # fmt: skip

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from . import triplet
-from ._api import Form, Tensors
+from ._api import Form, Layers, State, Tensors
 from ._layer import Adapted
 
 
@@ -129,6 +129,28 @@ def shown(
         return seen | {"D": D}
 
     return view
+
+
+def show(layers: Layers, state: State, add: int) -> None:
+    """Training sees the triplets in use and, up to the target, `add` more of each matrix."""
+    grows = state["budget"] < state["target"]
+    for name, layer in layers.items():
+        used = state["used"][name]
+        count = min(used + add, layer.rank) if grows else used
+        layer.seen = shown(name, layer, used, count, state["score"] if grows else None), 1.0
+
+
+@torch.no_grad()
+def settle(layers: Layers, state: State, add: int) -> None:
+    """Brings the layers in line with the numbers in use; a reserve's E rests at 1e-5, then at 0."""
+    state["budget"] = sum(state["used"].values())
+    resting = 1e-5 if state["budget"] < state["target"] else 0.0
+    for name, layer in layers.items():
+        used = state["used"][name]
+        layer.params["share"].fill_(used / layer.rank)
+        for j in range(used, min(used + add, layer.rank)):
+            layer.params[f"E{j}"].fill_(resting)
+    show(layers, state, add)
 
 
 def off_orthogonal(p: Tensors, angles: bool) -> list[Tensor]:

@@ -38,15 +38,13 @@ True
 torch.Size([2, 4])
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._api import Allocation, Init, LowRank, Start, Tensors, kaiming
-from ._layer import Adapted
+from ._api import Allocation, Init, Layers, LowRank, Start, Tensors, kaiming
 from ._registry import Incompatible, preset
 from ._svd import balanced, sliced
 
@@ -128,7 +126,7 @@ class Regularized(Allocation, name="kasa"):
         if not isinstance(choice.form, KaSA):
             raise self.refuse(choice.form, "form kasa")
 
-    def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
+    def penalty(self, layers: Layers) -> Tensor | None:
         terms = []
         for layer in layers.values():
             p = layer.params

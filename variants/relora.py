@@ -37,17 +37,16 @@ weight does not move, the base takes all of it, and the original comes back when
 (['0:A', '0:B'], [5, 5])
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import _rewarm
-from ._api import Allocation, in_steps, kaiming
+from ._api import Allocation, Layers, State, in_steps, kaiming
 from ._factors import need_product, seed_of
-from ._layer import Adapted
 from ._registry import Incompatible, preset
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class ReLoRA(Allocation, name="relora"):
         if choice.update.moves_base:
             raise self.refuse(choice.update, "an update that leaves the base to it")
 
-    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+    def begin(self, layers: Layers, steps: int) -> State:
         every, warmup = max(1, in_steps(self.every, steps)), in_steps(self.warmup, steps)
         if every >= steps:
             raise Incompatible(
@@ -90,9 +89,7 @@ class ReLoRA(Allocation, name="relora"):
         return state
 
     @torch.no_grad()
-    def after_step(
-        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
-    ) -> Sequence[Tensor]:
+    def after_step(self, layers: Layers, state: State, step: int) -> Sequence[Tensor]:
         _rewarm.shorten(layers, state, step, state["warmup"])
         if step % state["every"] or step >= state["steps"]:
             _rewarm.hold(layers, state, step, state["warmup"])

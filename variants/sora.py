@@ -34,15 +34,14 @@ The threshold is soft: what it leaves is smaller by xi, and nothing between xi a
 {'x': 2}
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ._api import Allocation, LowRank, Tensors, kaiming
-from ._layer import Adapted
+from ._api import Allocation, Layers, LowRank, State, Tensors, kaiming
 from ._registry import Incompatible, preset
 
 if TYPE_CHECKING:
@@ -97,19 +96,17 @@ class SoftThreshold(Allocation, name="sora"):
         if not isinstance(choice.form, SoRA):
             raise self.refuse(choice.form, "a form with gates (sora)")
 
-    def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
+    def begin(self, layers: Layers, steps: int) -> State:
         return {"budget": sum(self.ranks(layers, None).values())}
 
     @torch.no_grad()
-    def after_step(
-        self, layers: Mapping[str, Adapted], state: dict[str, Any], step: int
-    ) -> Sequence[Tensor]:
+    def after_step(self, layers: Layers, state: State, step: int) -> Sequence[Tensor]:
         for layer in layers.values():
             layer.params["g"].copy_(soft(layer.params["g"], self.threshold))
         state["budget"] = sum(self.ranks(layers, None).values())
         return ()  # Adam's moments of a closed gate go on: it may open again
 
-    def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
+    def ranks(self, layers: Layers, state: State | None) -> dict[str, int]:
         return {name: int((layer.params["g"] != 0).sum()) for name, layer in layers.items()}
 
 
