@@ -35,6 +35,15 @@ Of three triplets two are seen, of which the second is learned in advance; the s
 ([12.0, 12.0, 12.0], 180.0)
 >>> [layer.params[f"E{j}"].grad is None for j in range(3)]
 [False, True, True]
+
+One of three in use, a reserve of one, whose E rests:
+
+>>> settle({"0": layer}, {"used": {"0": 1}, "target": 3, "score": {}}, add=1)
+>>> [round(layer.params[k].item(), 5) for k in ("share", "E0", "E1", "E2")]
+[0.33333, 1.0, 1e-05, 1.0]
+
+The penalty's parts:
+
 >>> p = {"P0": torch.ones(3, 1), "E0": torch.ones(1), "Q0": torch.ones(1, 2)}
 >>> p |= {"P1": 2 * p["P0"], "E1": p["E0"], "Q1": 0 * p["Q0"]}
 >>> [t.tolist() for t in off_orthogonal(p, angles=False)]
