@@ -5,6 +5,7 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -376,30 +377,32 @@ def test_a_finished_run_joins_the_group_of_a_later_sweep(
     track._server.communicate()
 
 
-def _kill_after(step: int, words: list[str], out: Path) -> None:
-    """Starts the run and kills it with SIGKILL once that step is logged."""
-    process = subprocess.Popen(command(*words, out=out), stdout=subprocess.DEVNULL, cwd=out.parent)
-    while process.poll() is None:
-        rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
-        if rows and rows[0] >= step:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
+FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "wandb"])
 
 
-def _stopped_after(step: int, words: list[str], out: Path, signum: int) -> tuple[int, str]:
+def _typed(words: list[str], out: Path, said: Path) -> None:
+    """`python run.py`, in a fork; what it says on stderr goes to a file."""
+    sys.argv = ["run.py", *words, f"out_dir={out}"]
+    with said.open("w") as stderr, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(stderr):
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+
+
+def _signalled(step: int, words: list[str], out: Path, signum: int) -> tuple[int | None, str]:
     """(exit code, what was said) of a run that gets a signal once that step is logged."""
-    process = subprocess.Popen(
-        command(*words, out=out), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    while process.poll() is None:
+    said = out.with_suffix(".stderr")
+    process = FORKS.Process(target=_typed, args=(words, out, said))
+    process.start()
+    while process.is_alive():
         rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
         if rows and rows[0] >= step:
-            process.send_signal(signum)
+            assert process.pid is not None
+            os.kill(process.pid, signum)
             break
         time.sleep(0.02)
-    return (process.wait(), process.communicate()[1])
+    process.join()
+    return process.exitcode, said.read_text()
 
 
 def _same(a: Path, b: Path) -> None:
@@ -422,22 +425,30 @@ KILLED = ["variant=adalora", "rank=4", "dropout=0.1", "train.steps=40", "train.b
           "train.checkpoint_every=7", "train.log_every=1"]  # fmt: skip
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    lab(*KILLED, out=tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "runs"
+    lab(*KILLED, out=out)
+    return only(out)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    _kill_after(17, KILLED, out)
+    _signalled(17, KILLED, out, signal.SIGKILL)
     assert not list(out.rglob("result.json"))
     done = lab(*KILLED, out=out)
     assert "resumed after step" in done.stdout
-    _same(only(tmp_path / "whole"), only(out))
+    _same(whole, only(out))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_keeps_the_step_it_ended_with(tmp_path: Path, signum: int) -> None:
+def test_an_interrupted_run_keeps_the_step_it_ended_with(
+    whole: Path, tmp_path: Path, signum: int
+) -> None:
     """One signal ends the run between two steps, with a checkpoint; the rest is bit for bit."""
-    lab(*KILLED, out=tmp_path / "whole")
     out = tmp_path / "stopped"
-    code, said = _stopped_after(10, [*KILLED, "train.checkpoint_every=39"], out, signum)
+    code, said = _signalled(10, [*KILLED, "train.checkpoint_every=39"], out, signum)
     assert code == (130 if signum == signal.SIGINT else 143)
     step = re.search(r"interrupted after step (\d+) of 40: the same command goes on", said)
     assert step and 10 <= int(step[1]) < 40
@@ -445,20 +456,20 @@ def test_an_interrupted_run_keeps_the_step_it_ended_with(tmp_path: Path, signum:
     assert f"after step {step[1]}" in status["error"]
     done = lab(*KILLED, out=out)
     assert f"resumed after step {step[1]} of 40" in done.stdout
-    _same(only(tmp_path / "whole"), only(out))
+    _same(whole, only(out))
 
 
 def test_a_death_before_the_first_checkpoint_leaves_no_double_rows(tmp_path: Path) -> None:
     words = [*KILLED, "train.checkpoint_every=39"]
-    _kill_after(3, words, tmp_path)
+    _signalled(3, words, tmp_path, signal.SIGKILL)
     lab(*words, out=tmp_path)
     steps = [(row["step"], len(row)) for row in rows_of(only(tmp_path) / "metrics.jsonl")]
     assert len(steps) == len(set(steps))
 
 
-def test_damaged_files_of_a_run_cost_nothing_but_work(tmp_path: Path) -> None:
+def test_damaged_files_of_a_run_cost_nothing_but_work(whole: Path, tmp_path: Path) -> None:
     """result.json without content, metrics that are no text: made again from the checkpoint."""
-    lab(*KILLED, out=tmp_path)
+    shutil.copytree(whole.parents[1], tmp_path, dirs_exist_ok=True)
     folder = only(tmp_path)
     before = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text("{}")
@@ -486,7 +497,7 @@ def test_ten_kills_in_a_row(tmp_path: Path) -> None:
         lab(*words, out=tmp_path / f"whole-{preset}")
         for kill in range(10):
             out = tmp_path / f"{preset}-{kill}"
-            _kill_after(random.Random(kill).randrange(1, 39), words, out)
+            _signalled(random.Random(kill).randrange(1, 39), words, out, signal.SIGKILL)
             lab(*words, out=out)
             _same(only(tmp_path / f"whole-{preset}"), only(out))
 
