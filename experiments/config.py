@@ -175,8 +175,15 @@ UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
+_registered: Any = None  # the registry's index whose choices Hydra has
+
+
 def register() -> None:
-    """Puts the schema and every choice of every group before Hydra."""
+    """Puts the schema and every choice of every group before Hydra, once in a process."""
+    global _registered
+    if _registered is registry.index():
+        return
+    _registered = registry.index()
     store: Any = ConfigStore.instance()
     # Hydra copies the whole store for each group that it lists or composes; nothing changes it
     store.__deepcopy__ = lambda memo: store

@@ -186,8 +186,15 @@ def test_five_seeds_are_said_to_reach_nothing(tmp_path: Path) -> None:
     assert row.seeds_needed == 6
     assert "0.0625" in row.reason
     assert "6 seeds a task would find" in row.reason
+
+
+@pytest.mark.slow
+def test_no_number_of_seeds_that_one_plans_may_be_enough(tmp_path: Path) -> None:
+    file = tmp_path / "five.csv"
+    lines = ["variant,lr,seed,task,score"]
+    lines += [f"x,1e-4,{s},t,{59 + s / 10}" for s in range(5)]
     noisy = [f"lora,1e-4,{s},t,{50 + 40 * (s % 2)}" for s in range(5)]
-    file.write_text("\n".join([lines[0], *noisy, *lines[6:]]))
+    file.write_text("\n".join([lines[0], *noisy, *lines[1:]]))
     row = judged(file)["x"]
     assert row.seeds_needed is None
     assert "not even 200 seeds" in row.reason

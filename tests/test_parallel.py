@@ -4,10 +4,13 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +18,50 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from test_run import lab, rows_of
+from test_run import FORKS, lab, rows_of
 
 import variants
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=70", "eval.limit_during=8",
-         "eval.batch_size=16", "track.mode=disabled", "task.items=200", "train.log_every=1",
+QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=35", "eval.limit_during=8",
+         "eval.batch_size=8", "track.mode=disabled", "task.items=200", "train.log_every=1",
          "train.checkpoint_every=3"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MEMBERS = str(ROOT / "tests" / "members.py")
 
 
-def together(runs: Sequence[Sequence[str]], processes: bool = True) -> str:
-    """The runs, one after another, by two processes or by one; what was said."""
-    start = TORCHRUN if processes else [sys.executable]
-    done = subprocess.run([*start, MEMBERS, json.dumps(runs)], capture_output=True, text=True,
-                          env=environment())  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def together(runs: Sequence[Sequence[str]], processes: int = 2) -> str:
+    """The runs, one after another, by as many processes as torchrun would start; what was said."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as said:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+        team = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        several = team if processes > 1 else {}
+        started = [
+            FORKS.Process(target=_member, args=(runs, f"{said}/{rank}", several, rank))
+            for rank in range(processes)
+        ]
+        free.close()
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        text = "".join(Path(f"{said}/{rank}").read_text() for rank in range(processes))
+    assert [process.exitcode for process in started] == [0] * processes, text
+    return text
+
+
+def _member(runs: Sequence[Sequence[str]], said: str, team: dict[str, str], rank: int) -> None:
+    environ = environment(**(team | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if team else {}))
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = [MEMBERS, json.dumps(runs)]
+    with (
+        open(said, "w") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        runpy.run_path(MEMBERS, run_name="__main__")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -160,7 +188,7 @@ def test_every_variant_has_the_gradients_of_one_process(tmp_path: Path) -> None:
                 for k, v in settings.items()]  # fmt: skip
         return [[f"variant={name}", *words, *more] for name in variants.names()]
 
-    together(runs(out_dir=f"{tmp_path}/one"), processes=False)
+    together(runs(out_dir=f"{tmp_path}/one"), processes=1)
     for parallel in ("ddp", "fsdp"):
         said = together(runs(train_parallel=parallel, out_dir=f"{tmp_path}/{parallel}"))
         refused = re.findall(r"refused: variant=(\w+): (.*)", said)

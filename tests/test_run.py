@@ -5,6 +5,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -31,10 +32,6 @@ from experiments.tasks import BadInput
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
          "track.mode=disabled", "task.items=200"]  # fmt: skip
-
-
-def command(*words: str, out: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "run.py"), *words, f"out_dir={out}"]
 
 
 @dataclass
@@ -83,15 +80,42 @@ def only(out: Path) -> Path:
     return found
 
 
+FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
+FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "wandb"])
+
+
+def _typed(words: list[str], out: Path, said: Path) -> None:
+    """`python run.py`, in a fork; what it says on stderr goes to a file."""
+    sys.argv = ["run.py", *words, f"out_dir={out}"]
+    with said.open("w") as stderr, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(stderr):
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+
+
+def _signalled(step: float, words: list[str], out: Path, signum: int) -> tuple[int | None, str]:
+    """(exit code, what was said) of a run that gets a signal once that step is logged."""
+    said = out.with_suffix(".stderr")
+    process = FORKS.Process(target=_typed, args=(words, out, said))
+    process.start()
+    while process.is_alive():
+        rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
+        if rows and rows[0] >= step:
+            assert process.pid is not None
+            os.kill(process.pid, signum)
+            break
+        time.sleep(0.02)
+    process.join()
+    return process.exitcode, said.read_text()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of PiSSA on DoRA, tracked offline, in a process of its own."""
     out = tmp_path_factory.mktemp("finished") / "runs"
     words = [w for w in QUICK if not w.startswith("track")]
-    run = command("variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline", *words,
-                  out=out)  # fmt: skip
-    done = subprocess.run(run, capture_output=True, text=True, cwd=out.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words += ["variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline"]
+    code, said = _signalled(math.inf, words, out, 0)
+    assert code == 0, said
     return only(out)
 
 
@@ -375,34 +399,6 @@ def test_a_finished_run_joins_the_group_of_a_later_sweep(
     assert len(list(folder.rglob("*.wandb"))) == 2
     assert track._server is not None
     track._server.communicate()
-
-
-FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
-FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "wandb"])
-
-
-def _typed(words: list[str], out: Path, said: Path) -> None:
-    """`python run.py`, in a fork; what it says on stderr goes to a file."""
-    sys.argv = ["run.py", *words, f"out_dir={out}"]
-    with said.open("w") as stderr, contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(stderr):
-            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-
-
-def _signalled(step: int, words: list[str], out: Path, signum: int) -> tuple[int | None, str]:
-    """(exit code, what was said) of a run that gets a signal once that step is logged."""
-    said = out.with_suffix(".stderr")
-    process = FORKS.Process(target=_typed, args=(words, out, said))
-    process.start()
-    while process.is_alive():
-        rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
-        if rows and rows[0] >= step:
-            assert process.pid is not None
-            os.kill(process.pid, signum)
-            break
-        time.sleep(0.02)
-    process.join()
-    return process.exitcode, said.read_text()
 
 
 def _same(a: Path, b: Path) -> None:

@@ -215,6 +215,7 @@ def test_an_interrupt_reaches_the_run_and_the_sweep_goes_on_later(
     assert states(done) == ["interrupted", "missing"]
 
 
+@pytest.mark.slow
 def test_the_driver_s_death_ends_its_run_with_a_checkpoint(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -305,6 +306,7 @@ def test_a_run_that_cannot_be_leaves_no_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").glob("*/*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_the_run_and_not_the_sweep(words: list[str], tmp_path: Path) -> None:
     """No file may grow beyond 30 kB: what rank 16 writes does, what rank 1 writes does not."""
     code = (
@@ -430,6 +432,7 @@ def test_a_launcher_that_is_not_installed_is_named(words: list[str], tmp_path: P
                            "-c constraints.txt -e '.[ray]'\n")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_joblib_s_processes_share_a_sweep(bad: Path, words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "runs"
     command = [sys.executable, "run.py", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
