@@ -81,7 +81,7 @@ def only(out: Path) -> Path:
 
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
-FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "wandb"])
+FORKS.set_forkserver_preload(["warm"])
 
 
 def _typed(words: list[str], out: Path, said: Path) -> None:
