@@ -19,8 +19,8 @@ from typing import Any
 from .provenance import ROOT
 
 
-def imports() -> None:
-    """What a run imports, before it is forked."""
+def serve(answers: int) -> None:
+    """The server: a fork for each line that comes in, until there are no more."""
     import torch
     import transformers
 
@@ -29,13 +29,6 @@ def imports() -> None:
     assert not torch.cuda.is_initialized()
     for name in ("LlamaForCausalLM", "AutoModelForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)  # transformers imports when asked
-
-
-def serve(answers: int) -> None:
-    """The server: a fork for each line that comes in, until there are no more."""
-    imports()
-    from . import track
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     woken, waker = os.pipe()
     os.set_blocking(waker, False)

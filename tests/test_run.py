@@ -81,7 +81,10 @@ def only(out: Path) -> Path:
 
 
 FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
-FORKS.set_forkserver_preload(["warm"])
+FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "experiments.track",
+                              "transformers.models.auto.modeling_auto",
+                              "transformers.models.llama.modeling_llama",
+                              "transformers.tokenization_utils_tokenizers"])  # fmt: skip
 
 
 def _typed(words: list[str], out: Path, said: Path) -> None:
@@ -438,7 +441,8 @@ def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> N
     _same(whole, only(out))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT,
+                                    pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # fmt: skip
 def test_an_interrupted_run_keeps_the_step_it_ended_with(
     whole: Path, tmp_path: Path, signum: int
 ) -> None:
