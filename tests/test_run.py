@@ -441,8 +441,9 @@ def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> N
     _same(whole, only(out))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT,
-                                    pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_keeps_the_step_it_ended_with(
     whole: Path, tmp_path: Path, signum: int
 ) -> None:
