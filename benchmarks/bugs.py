@@ -68,8 +68,8 @@ BUGS = [
     ),
     Bug(
         "_magnitude",
-        "y = F.linear(flat, own, None if",
-        "y = F.linear(dropped, own, None if",
+        "y = F.linear(x, own, None if",
+        "y = F.linear(dropped.view(x.shape), own, None if",
         "dropout on the frozen path",
         "dora",
     ),

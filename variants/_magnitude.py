@@ -66,14 +66,14 @@ class _Corrected(torch.autograd.Function):
         with lent(W, decoded, x.dtype) as own:
             t = F.linear(dropped, own)
             if given is None:
-                y = F.linear(flat, own, None if bias is None else bias.to(x.dtype))
+                y = F.linear(x, own, None if bias is None else bias.to(x.dtype))
             else:
-                y = given.reshape(-1, len(c)).clone()
+                y = given.clone(memory_format=torch.contiguous_format)
         t.addmm_(down, up)
-        y.addmm_(down, up).addcmul_(t, change)
+        y.view(t.shape).addmm_(down, up).addcmul_(t, change)
         ctx.save_for_backward(x, A, B, c, t, W)
         ctx.settings = decoded, given is None, s, p, seed, None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], len(c))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

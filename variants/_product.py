@@ -90,13 +90,13 @@ class _Adapted(torch.autograd.Function):
         down = F.linear(drop(flat, places(x.numel(), p, seed, x.device), p), A.to(x.dtype)).mul_(s)
         if given is None:
             with lent(W, decoded, x.dtype) as own:
-                y = F.linear(flat, own, None if bias is None else bias.to(x.dtype))
-            y.addmm_(down, B.to(x.dtype).mT)
+                y = F.linear(x, own, None if bias is None else bias.to(x.dtype))
         else:
-            y = torch.addmm(given.reshape(-1, B.shape[0]), down, B.to(x.dtype).mT)
+            y = given.clone(memory_format=torch.contiguous_format)
+        y.view(-1, B.shape[0]).addmm_(down, B.to(x.dtype).mT)  # y is no view: it may be changed
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B, W)
         ctx.settings = decoded, given is None, s, p, seed, None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], B.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
