@@ -60,6 +60,7 @@ from torch import Tensor, nn
 from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
 from ._calibrate import calibrate
 from ._experts import experts, unstack
+from ._kept import Remaking
 from ._kinds import kind_of, matrix_of, shape_of
 from ._layer import (
     Adapted,
@@ -370,6 +371,7 @@ class Adapter:
     given: frozenset[str] = frozenset()  # shared tensors that a file gave, whatever the seed draws
     merge_error: float = 0.0  # largest relative Frobenius error over the matrices, after merge()
     _penalty_asked: bool = False
+    _end_remaking: Callable[[], None] = lambda: None
     _warned: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:
@@ -577,6 +579,7 @@ class Adapter:
 
     def _leave(self, module_of: Callable[[Any], nn.Module], saved: str) -> nn.Module:
         self._refuse_ended()
+        self._end_remaking()
         for path, layer in list(stand_ins(self.model)):
             replace(self.model, path, module_of(layer))
         restack_all(self.model)
@@ -751,6 +754,7 @@ def build(
     return Adapter(
         model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
         notes, given=frozenset(k for k in tensors or () if k.startswith("shared.")),
+        _end_remaking=Remaking().install(model),
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class Form(Part):
         """y = W0 x + (W - W0) dropout(x), by the factors or the dense W. For `linear` kinds."""
         factors = self.factors(layer.p)
         if factors is not None:
-            return layer.frozen(x) + layer.low_rank(x, *factors)
+            return layer.product(x, *factors)
         W0 = layer.W0
         if layer.drops or x.dtype != wide(x.dtype):
             change = self.change(W0, layer.p, layer.s)
@@ -398,6 +398,14 @@ class Stored(torch.nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> x W^T + bias [..., m], keeping for backward nothing but the storage."""
         return frozen_product(x, self.decoded, bias)
+
+    def resident(self, dtype: torch.dtype) -> Tensor | None:
+        """The matrix [m, n] in `dtype` where the storage has it as it is, not decoded."""
+        return None
+
+    def given(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias where it is at hand, or cheaper than by `decoded`."""
+        return None
 
     def set(self, W: Tensor) -> None:
         """Stores another matrix in place of this one, where the storage can take any number."""

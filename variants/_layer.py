@@ -49,8 +49,9 @@ import torch
 from torch import Tensor, nn
 
 from ._api import Base, Form, Stored, Tensors, wide
+from ._dropout import draw_seed, dropout
 from ._kinds import Keeper, Kind, kind_of
-from ._product import draw_seed, dropout, low_rank
+from ._product import adapted
 from ._registry import Incompatible
 
 
@@ -251,9 +252,10 @@ class Adapted(nn.Module):
         """The adapter's own dropout on its input."""
         return dropout(x, *self.draw_dropout()) if self.drops else x
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """s B A dropout(x), keeping x alone for backward."""
-        return low_rank(x, A, B, self.s, *self.draw_dropout())
+    def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
+        frozen = self.frozen
+        return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

@@ -2,29 +2,22 @@
 
 Each is an autograd function over plain torch operations, so a second derivative works as well.
 
-Dropout has the mean of its input, and backward the mask of forward:
-
->>> import torch
->>> x = torch.ones(40, 50, requires_grad=True)
->>> y = dropout(x, 0.5, seed=3)
->>> sorted(set(y.flatten().tolist())), round((y == 0).float().mean().item(), 1)
-([0.0, 2.0], 0.5)
->>> y = dropout(x, 0.2, seed=3)
->>> round((y == 0).float().mean().item(), 1), round(y.max().item(), 4)
-(0.2, 1.25)
->>> y.sum().backward()
->>> torch.equal(x.grad, y)
-True
+Legend: x [..., n] (T numbers of n), W [m, n], A [r, n], B [m, r]; D x is x after dropout.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ._dropout import drop, places
+
+if TYPE_CHECKING:
+    from ._api import Stored
 
 Decoded = Callable[[torch.dtype], AbstractContextManager[Tensor]]
 
@@ -63,116 +56,82 @@ def frozen_product(x: Tensor, decoded: Decoded, bias: Tensor | None) -> Tensor:
     return _Frozen.apply(x, decoded, bias, False)  # type: ignore[return-value]
 
 
-class _LowRank(torch.autograd.Function):
-    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts.
+def lent(W: Tensor | None, decoded: Decoded | None, dtype: torch.dtype) -> Any:
+    """W, or what `decoded` lends in its place."""
+    return nullcontext(W) if decoded is None else decoded(dtype)
 
-    Where A is frozen nothing needs x: then x A^T [tokens, r] is kept in its place.
+
+def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, in the memory of y unless a derivative of this is asked for."""
+    return torch.addmm(y, a, b) if torch.is_grad_enabled() else y.addmm_(a, b)
+
+
+def plus_back(y: Tensor, g: Tensor, W: Tensor | None, decoded: Decoded | None) -> Tensor:
+    """y + g W, which keeps no W that is only lent."""
+    if decoded is not None and torch.is_grad_enabled():
+        return y + _Frozen.apply(g, decoded, None, True)
+    with lent(W, decoded, g.dtype) as own:
+        return _plus(y, g, own)
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + bias + s B A D x, whose sum is made by the product with B itself, and so in backward.
+
+    Keeps x (which projections share) and no A D x, no casts; where A is frozen, A D x [T, r] alone.
+    `given`: W x + bias, where it is at hand.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, s: float, p: float, seed: int) -> Tensor:
-        down = F.linear(drop(x, p, seed), A.to(x.dtype))
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B)
-        ctx.settings = s, p, seed, x.dtype
-        return F.linear(down, B.to(x.dtype)) * s
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, given: Tensor | None, W: Tensor | None,
+        decoded: Decoded | None, bias: Tensor | None, s: float, p: float, seed: int,
+    ) -> Tensor:  # fmt: skip
+        flat = x.reshape(-1, x.shape[-1])
+        down = F.linear(drop(flat, places(x.numel(), p, seed, x.device), p), A.to(x.dtype)).mul_(s)
+        if given is None:
+            with lent(W, decoded, x.dtype) as own:
+                y = F.linear(x, own, None if bias is None else bias.to(x.dtype))
+        else:
+            y = given.clone(memory_format=torch.contiguous_format)
+        y.view(-1, B.shape[0]).addmm_(down, B.to(x.dtype).mT)  # y is no view: it may be changed
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B, W)
+        ctx.settings = decoded, given is None, s, p, seed, None if bias is None else bias.dtype
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept, A, B = ctx.saved_tensors
-        s, p, seed, dtype = ctx.settings
-        g = grads[0].reshape(-1, B.shape[0]) * s
-        up = g @ B.to(dtype)  # [T, r]
-        gx = gA = gB = None
-        shape = (*grads[0].shape[:-1], A.shape[1])
-        seen = mask(shape, grads[0], p, seed) if any(ctx.needs_input_grad[:2]) else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        kept, A, B, W = ctx.saved_tensors
+        decoded, whole, s, p, seed, bias = ctx.settings
+        gx = gA = gB = gb = None
+        g, dtype = grads[0].reshape(-1, B.shape[0]), grads[0].dtype
+        up, shape = (g @ B.to(dtype)).mul(s), (*grads[0].shape[:-1], A.shape[1])
+        seen = any(ctx.needs_input_grad[:2])
+        at = places(math.prod(shape), p, seed, g.device) if seen else None
         if ctx.needs_input_grad[0]:
-            gx = masked((up @ A.to(dtype)).view(shape), p, seen)
+            gx = drop(up @ A.to(dtype), at, p)
+            gx = (plus_back(gx, g, W, decoded) if whole else gx).view(shape)
         if ctx.needs_input_grad[1]:
-            xd = masked(kept, p, seen).reshape(-1, A.shape[1])
-            gA = (up.mT @ xd).to(A.dtype)
-            kept = xd @ A.to(dtype).mT
+            dropped = drop(kept.reshape(-1, shape[-1]), at, p)
+            gA = (up.mT @ dropped).to(A.dtype)
+            kept = (dropped @ A.to(dtype).mT).mul(s)
         if ctx.needs_input_grad[2]:
-            gB = (g.mT @ kept.reshape(-1, A.shape[0])).to(B.dtype)
-        return gx, gA, gB, None, None, None
+            gB = (g.mT @ kept).to(B.dtype)
+        if ctx.needs_input_grad[6]:
+            gb = g.sum(0).to(bias)
+        return gx, gA, gB, None if whole else grads[0], None, None, gb, None, None, None
 
 
-def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """x [..., n] -> s B A dropout(x) [..., m]; A [r, n] and B [m, r] in their own dtype."""
-    return _LowRank.apply(x, A, B, s, p, seed)  # type: ignore[return-value]
+def adapted(
+    x: Tensor, base: "Stored", bias: Tensor | None, A: Tensor, B: Tensor, s: float,
+    p: float = 0.0, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """x [..., n] -> W x + bias + s B A dropout(x) [..., m], W = `base`, in the dtype of x."""
+    W = base.resident(x.dtype)
+    decoded = base.decoded if W is None else None
+    given = base.given(x, bias)
+    return _Adapted.apply(x, A, B, given, W, decoded, bias, s, p, seed)  # type: ignore[return-value]
 
 
-class _Rescaled(torch.autograd.Function):
-    """c t as t + (c - 1) t."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, c: Tensor) -> Tensor:
-        change = (c - 1).to(t.dtype)
-        ctx.save_for_backward(t, change)
-        ctx.dtype = c.dtype
-        return torch.addcmul(t, t, change)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (t, change), g = ctx.saved_tensors, grads[0]
-        gt = torch.addcmul(g, g, change) if ctx.needs_input_grad[0] else None
-        gc = None
-        if ctx.needs_input_grad[1]:
-            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=ctx.dtype)
-        return gt, gc
-
-
-def rescaled(t: Tensor, c: Tensor) -> Tensor:
-    """c t of t [..., m] by a c [m] near 1, whose change is kept when t is in fewer bits than c."""
-    return _Rescaled.apply(t, c)  # type: ignore[return-value]
-
-
-class _Dropout(torch.autograd.Function):
-    """Dropout that keeps the seed of its mask, not the mask."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.settings = p, seed
-        return drop(x, p, seed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return drop(grads[0], *ctx.settings), None, None
-
-
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with a share p set to zero and the rest scaled by 1 / (1 - p)."""
-    return _Dropout.apply(x, p, seed)  # type: ignore[return-value]
-
-
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
-    """x times the mask of `seed`; linear in x, so backward is the same call."""
-    return masked(x, p, mask(x.shape, x, p, seed))
-
-
-def mask(shape: Sequence[int], like: Tensor, p: float, seed: int) -> Tensor | None:
-    """1 where a number is kept, 0 where it is dropped, in the dtype of `like`; None: all is kept.
-
-    Of the 2^16 values of 16 random bits the nearest share to p drops: four numbers a draw, where a
-    draw for each costs as much as the products that it is for.
-    """
-    if p == 0:
-        return None
-    generator, count = torch.Generator(like.device).manual_seed(seed), math.prod(shape)
-    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
-    draws.random_(-(2**63), None, generator=generator)
-    kept = draws.view(torch.int16)[:count] >= _dropped(p) - 2**15
-    return kept.view(shape).to(like.dtype)
-
-
-def masked(x: Tensor, p: float, kept: Tensor | None) -> Tensor:
-    """x where the mask has 1, over the share that is kept."""
-    return x if kept is None else (x * kept).mul_(2**16 / (2**16 - _dropped(p)))
-
-
-def _dropped(p: float) -> int:
-    return min(round(p * 2**16), 2**16 - 1)
-
-
-def draw_seed() -> int:
-    """A seed from torch's global CPU generator, which checkpoints and recomputation restore."""
-    return int(torch.randint(2**62, ()).item())
+def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """y + s B A x."""
+    return _Adapted.apply(x, A, B, y, None, None, None, s, 0.0, 0)  # type: ignore[return-value]

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ._api import Form, Stored
 from ._layer import Adapted, Frozen
-from ._product import low_rank
+from ._product import plus_low_rank
 from ._registry import Incompatible
 
 Pair = tuple[Tensor, Tensor]
@@ -67,7 +67,14 @@ class Share(Stored):
             y = self.lent[1] if bias is None else self.lent[1] + bias
         else:
             y = self.whole.product(x, bias)
-        return y if self.shift is None else y + low_rank(x, *self.shift, -1.0)
+        return y if self.shift is None else plus_low_rank(y, x, *self.shift, -1.0)
+
+    def given(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        here = self.shift is not None or (self.lent is not None and _same(x, self.lent[0]))
+        return self.product(x, bias) if here else None
+
+    def resident(self, dtype: torch.dtype) -> Tensor | None:
+        return self.whole.resident(dtype) if self.shift is None else None
 
     @contextlib.contextmanager
     def lend(self, x: Tensor, y: Tensor) -> Iterator[None]:

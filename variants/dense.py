@@ -37,6 +37,9 @@ class Dense(Stored):
     def set(self, W: Tensor) -> None:
         self.W = nn.Parameter(W.to(self.W.dtype), requires_grad=False)
 
+    def resident(self, dtype: torch.dtype) -> Tensor | None:
+        return self.W if self.W.dtype == dtype else None
+
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.W.dtype != x.dtype:
             return super().product(x, bias)

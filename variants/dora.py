@@ -5,8 +5,10 @@
 Eq. 5, with the norm taken as a constant in backward (Section 4.3). Official code: NVlabs/DoRA,
 commonsense_reasoning/peft/src/peft/tuners/dora.py: the norm runs over the input features of each
 output feature, so m has one number a row. Dropout hits all but the plain base product:
-y = W0 x + (W - W0) dropout(x), as there. PEFT agrees, but forms B A densely, in fp32, at each step,
-and gives NaN on a zero row; here the norm is factored, and a zero row stays zero.
+y = W0 x + (W - W0) dropout(x), as there. That takes a second base product; `dropout_on=low_rank`
+has one, y = c (W0 x + s B A dropout(x)). PEFT agrees with the official code, but forms B A densely,
+in fp32, at each step, and gives NaN on a zero row; here the norm is factored, and a zero row stays
+zero.
 
 QDoRA is DoRA on a quantized base Q. Official code: AnswerDotAI/fsdp_qlora, scripts/dora.py: NF4,
 double quantized; s = 1 whatever alpha is, A ~ N(0, 1/r), no dropout; and m starts at the row norms
@@ -53,8 +55,9 @@ from torch import Tensor
 
 from ._api import LowRank, Tensors, wide
 from ._layer import Adapted
-from ._product import dropout, low_rank, rescaled
-from ._registry import preset
+from ._magnitude import corrected, rescaled
+from ._product import adapted
+from ._registry import Incompatible, preset
 
 CANCELLED = 1e-3  # of ||W0||^2: below, the factored norm has lost too many digits
 
@@ -65,8 +68,14 @@ class DoRA(LowRank, name="dora"):
 
     detach_norm: bool = True
     """take ||V|| as a constant in backward (`dora_simple` in the official code)"""
+    dropout_on: str = "change"
+    """what sees dropped inputs: `change`, all of W - W0, as the authors; `low_rank`, B A alone"""
 
     parameters = "r*(m + n) + m"
+
+    def __post_init__(self) -> None:
+        if self.dropout_on not in ("change", "low_rank"):
+            raise Incompatible(f"{self}: dropout_on={self.dropout_on}; choices: change, low_rank")
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {"A": (r, n), "B": (m, r), "m": (m,)}
@@ -91,12 +100,10 @@ class DoRA(LowRank, name="dora"):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = row_norms(layer, A, B, s)
         c = self._ratio(layer.p["m"], norm)
-        product = layer.frozen.stored.product
-        share, seed = layer.draw_dropout()
-        base = product(dropout(x, share, seed))
-        moved = rescaled(base + low_rank(x, A, B, s, share, seed), c)
-        if layer.drops:  # W0 x + (W - W0) dropout(x)
-            return product(x, layer.bias) + (moved - base)
+        base, drawn = layer.frozen.stored, layer.draw_dropout()
+        if layer.drops and self.dropout_on == "change":
+            return corrected(x, base, layer.bias, A, B, c, s, *drawn)
+        moved = rescaled(adapted(x, base, None, A, B, s, *drawn), c)
         bias = layer.bias_like(x)
         return moved if bias is None else moved + bias
 

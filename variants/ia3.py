@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ._api import Form, Tensors
 from ._layer import Adapted
-from ._product import rescaled
+from ._magnitude import rescaled
 from ._registry import Incompatible, preset
 from ._targets import role_of
 

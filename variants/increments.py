@@ -101,7 +101,7 @@ class Increments(Form, name="increlora"):
         p = layer.p
         if "D" in p:
             return layer.frozen(x) + layer.dropout(x) @ p["D"].to(x.dtype).mT
-        return layer.frozen(x) + layer.low_rank(x, *self.factors(p))  # type: ignore[misc]
+        return layer.product(x, *self.factors(p))  # type: ignore[misc]
 
 
 def triplets(p: Tensors) -> tuple[Tensor, Tensor, Tensor]:

@@ -119,7 +119,7 @@ class RandLoRA(Form, name="randlora"):
 
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
         A, B = self._factors(layer.p, layer.out_features, layer.in_features)
-        return layer.frozen(x) + layer.low_rank(x, A, B)
+        return layer.product(x, A, B)
 
 
 preset(

@@ -89,7 +89,7 @@ class VeRA(Form, name="vera"):
 
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
         A, B = factors(layer.p, layer.out_features, layer.in_features)
-        return layer.frozen(x) + layer.low_rank(x, A, B)
+        return layer.product(x, A, B)
 
 
 preset(

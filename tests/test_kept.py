@@ -1,0 +1,127 @@
+"""What autograd keeps of an adapted model, and how much work a step is: exact figures, no timing."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import variants
+
+IDS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
+LAYERS = 14
+CPU = torch.autograd.graph.save_on_cpu
+
+
+def llama(preset: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+    """A model with an adapter that is not at its start, and what its hooks hold aside."""
+    model = seeded(models.llama).to(dtype).train()
+    adapter = variants.attach(model, preset, rank=4, **more)
+    with torch.no_grad():
+        for i, t in enumerate(adapter.parameters()):
+            t += 0.05 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def bare(model: Any) -> Any:
+    """The same without hooks: autograd keeps what it is given."""
+    model._forward_pre_hooks.clear()
+    model._forward_hooks.clear()
+    return model
+
+
+def gradients(model: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    found = [t.grad for t in model.parameters() if t.requires_grad]
+    assert all(t is not None and t.norm() > 0 for t in found)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["lora", "dora"])
+def test_gradients_are_the_same_to_the_bit(preset: str, dtype: torch.dtype) -> None:
+    """With what is made again and without; after a copy of the model; twice from one graph."""
+    settings: dict[str, Any] = {"dtype": dtype, "dropout": 0.1}
+    wanted = gradients(bare(llama(preset, **settings)))
+    model = llama(preset, **settings)
+    copied = deepcopy(model)
+    for one in (model, copied):
+        assert all(map(torch.equal, gradients(one), wanted))
+    torch.manual_seed(1)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    again = [t.grad for t in model.parameters() if t.requires_grad]
+    torch.testing.assert_close(again, [3 * t for t in wanted], rtol=0.02, atol=1e-6)
+
+
+def test_hooks_that_were_there_see_what_is_kept() -> None:
+    """save_on_cpu around a step, activation checkpointing within and around it."""
+    wanted = gradients(bare(llama()))
+    with CPU():
+        assert all(map(torch.equal, gradients(llama()), wanted))
+    model = llama()
+    model.gradient_checkpointing_enable()
+    assert all(map(torch.equal, gradients(model), wanted))
+    model = llama()
+    within = torch.utils.checkpoint.checkpoint(
+        lambda ids: model(input_ids=ids).logits, IDS, use_reentrant=False
+    )
+    loss = F.cross_entropy(within[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    found = [t.grad for t in model.parameters() if t.requires_grad]
+    torch.testing.assert_close(found, wanted)
+
+
+class Gated(nn.Module):
+    """A gated MLP; `between` may do what it will with the gate's output once it was used."""
+
+    def __init__(self, between: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        made = F.silu(gate) * self.up_proj(x)
+        self.between(gate)
+        return self.down_proj(made)
+
+
+def test_what_was_changed_in_place_is_not_taken() -> None:
+    net = Gated(lambda gate: gate.mul_(2))
+    variants.attach(net, "lora", rank=2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        net(torch.ones(1, 8)).sum().backward()
+
+
+def test_hooks_go_when_a_pass_fails_and_when_the_adapter_ends() -> None:
+    """As they were before, in both."""
+    net = Gated(lambda gate: 1 / 0)
+    adapter = variants.attach(net, "lora", rank=2)
+    with pytest.raises(ZeroDivisionError):
+        net(torch.ones(1, 8))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
+    adapter.detach()
+    assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+def test_second_derivatives() -> None:
+    """Through what is made again, against the same without, in float64."""
+    found = []
+    for change in (lambda net: net, bare):
+        torch.manual_seed(0)
+        net = Gated(lambda gate: None).double()
+        adapter = variants.attach(net, "dora", rank=2)
+        for t in adapter.parameters():
+            nn.init.normal_(t)
+        x = torch.ones(3, 8, dtype=torch.float64, requires_grad=True)
+        (g,) = torch.autograd.grad(change(net)(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), adapter.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
