@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from variants import Incompatible
 
 from .batches import by_length, collate
 from .generate import generate
+from .loss import classifier_loss, ranked
 from .model import Loaded
 from .parallel import ALONE, Team
 from .record import write_json
@@ -85,10 +85,13 @@ class Scorer:
             batch = collate(
                 [examples[i] for i in indices], self.loaded.tokenizer.pad_token_id, self.device
             )
+            inputs = {"input_ids": batch["ids"], "attention_mask": batch["mask"]}
             with self.cast():
-                logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
-            scored = _classified if self.task.scoring == "classify" else _causal
-            rows += zip(indices, scored(logits, batch["labels"]), strict=True)
+                if self.task.scoring == "classify":
+                    found = _classified(model(**inputs).logits, batch["labels"])
+                else:
+                    found = _causal(ranked(self.loaded, inputs, batch["labels"]), batch["labels"])
+            rows += zip(indices, found, strict=True)
             self.tick()
         return [Row(*row) for row in self.team.merge(rows)]
 
@@ -154,17 +157,11 @@ class Row(NamedTuple):
     value: list[float]  # a classifier's outputs
 
 
-def _causal(logits: Tensor, labels: Tensor) -> list[Row]:
-    labels = labels[:, 1:]
-    known = labels != IGNORED
-    owner = known.nonzero()[:, 0].cpu()
-    logits, labels = logits[:, :-1][known].float(), labels[known]
-    nats = F.cross_entropy(logits, labels, reduction="none").double().cpu()
-    wrong = (logits.argmax(-1) != labels).cpu().double()
-    sums = torch.zeros(2, known.shape[0], dtype=torch.float64)
-    sums.index_add_(1, owner, torch.stack((nats, wrong)))
-    counts = known.sum(1).tolist()
-    return [Row(n, t, w == 0, []) for n, w, t in zip(*sums.tolist(), counts, strict=True)]
+def _causal(found: Tensor, labels: Tensor) -> list[Row]:
+    """Of nats and misses [B, T, 2], 0 where there is no label."""
+    sums = found.cpu().double().sum(1).tolist()
+    counts = (labels[:, 1:] != IGNORED).sum(1).tolist()
+    return [Row(n, t, w == 0, []) for (n, w), t in zip(sums, counts, strict=True)]
 
 
 def _classified(logits: Tensor, labels: Tensor) -> list[Row]:
@@ -173,35 +170,8 @@ def _classified(logits: Tensor, labels: Tensor) -> list[Row]:
     return [Row(n, 1, False, v) for n, v in zip(nats.tolist(), logits.tolist(), strict=True)]
 
 
-def classifier_loss(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy over classes; mean squared error where there is one output."""
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1), labels, reduction=reduction)
-    return F.cross_entropy(logits, labels.long(), reduction=reduction)
-
-
 def _mean_loss(rows: Sequence[Row]) -> float:
     return sum(row.nats for row in rows) / sum(row.tokens for row in rows)
-
-
-def training_loss(model: nn.Module, batch: dict[str, Tensor], tokens: int) -> Tensor:
-    """The summed loss of the response tokens over `tokens`, those of the whole batch."""
-    logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
-    return loss_of(logits, batch["labels"], tokens)
-
-
-def loss_of(logits: Tensor, labels: Tensor, tokens: int) -> Tensor:
-    """See `training_loss`."""
-    if labels.ndim == 1:
-        return classifier_loss(logits.float(), labels, "sum") / tokens
-    labels = labels[:, 1:]
-    known = labels != IGNORED
-    return F.cross_entropy(logits[:, :-1][known].float(), labels[known], reduction="sum") / tokens
-
-
-def count_tokens(batch: Sequence[Example]) -> int:
-    """What the loss is averaged over: response tokens that are predicted, or items."""
-    return sum(sum(label != IGNORED for label in e.labels[1:]) if e.labels else 1 for e in batch)
 
 
 def evaluate_run(run: str | Path, words: Sequence[str]) -> dict[str, Any]:

@@ -127,6 +127,32 @@ class Loaded:
         """The top modules of a classifier's head: trained in full beside the adapter."""
         return [name for name, _ in self.model.named_children() if name in HEADS]
 
+    @cached_property
+    def output_head(self) -> str | None:
+        """The path of a causal model's output head, where the logits are what that gives and
+        nothing else; None where the model does something to them (a cap, a scale), as a trial
+        shows."""
+        head = self.model.get_output_embeddings()
+        paths = [path for path, module in self.model.named_modules() if module is head]
+        if not paths:
+            return None
+        ids, training = torch.zeros(1, 2, dtype=torch.int64), self.model.training
+        marks: list[torch.Tensor] = []
+
+        def mark(module: Any, args: Any, out: Any) -> torch.Tensor:
+            marks.append(torch.zeros(out.shape[:-1], device=out.device))
+            return marks[-1]
+
+        hook = head.register_forward_hook(mark)
+        try:
+            with torch.no_grad():
+                logits = self.model.eval()(input_ids=ids.to(self.model.device)).logits
+        finally:
+            hook.remove()
+            self.model.train(training)
+        plain = len(marks) == 1 and logits is marks[0] and logits.shape == ids.shape
+        return paths[0] if plain else None
+
     @property
     def positions(self) -> int:
         """The longest sequence that the model takes."""

@@ -12,21 +12,24 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from variants import Incompatible
 from variants._packed import Pack, mixing, refusal, twin
 
 from . import batches
 from .attempt import attempting
-from .evaluate import loss_of
 from .job import Ground, Prepared, Work, alone, pick_device
+from .loss import head_gives, loss_of, plain_head, token_nats
 from .measure import resident_bytes
 from .model import Loaded
 from .record import Terminated
+from .tasks._task import IGNORED
 from .train import Trainer, stopping
 
 WORTH = 4  # steps of a job's size, which a pack must have room for (docs/log.md)
@@ -233,18 +236,12 @@ def step(pack: Pack, live: Sequence[Slice]) -> dict[int, tuple[Slice, BaseExcept
     began = time.perf_counter()
     trainers = [one.trainer for one in live]
     drawn = [trainer.batch() for trainer in trainers]
-    pad_id = trainers[0].run.loaded.tokenizer.pad_token_id
     losses = torch.zeros(len(live), device=trainers[0].device)
     portions = [batches.split(items, t.settings.accumulate)
                 for (items, _), t in zip(drawn, trainers, strict=True)]  # fmt: skip
     for parts in zip(*portions, strict=True):
-        made = [batches.collate(part, pad_id, trainers[0].device) for part in parts]
-        inputs = [{"input_ids": own["ids"], "attention_mask": own["mask"]} for own in made]
         with trainers[0].run.scorer.cast():
-            out = pack.outputs([one.index for one in live], inputs, {"input_ids": pad_id})
-            own = [loss_of(logits, batch["labels"], tokens) for logits, batch, (_, tokens)
-                   in zip(out, made, drawn, strict=True)]  # fmt: skip
-        together = torch.stack(own)
+            together = torch.stack(_losses(pack, live, parts, [tokens for _, tokens in drawn]))
         together.sum().backward()
         losses += together.detach()
     share = (time.perf_counter() - began) / len(live)
@@ -262,6 +259,25 @@ def step(pack: Pack, live: Sequence[Slice]) -> dict[int, tuple[Slice, BaseExcept
         if trainer.step >= trainer.steps:
             over[one.place] = one, None
     return over
+
+
+def _losses(
+    pack: Pack, live: Sequence[Slice], parts: Sequence[Any], tokens: Sequence[int]
+) -> list[torch.Tensor]:
+    """The training loss of each slice on its part of a batch, from one pass."""
+    loaded, device = live[0].trainer.run.loaded, live[0].trainer.device
+    pad_id = loaded.tokenizer.pad_token_id
+    made = [batches.collate(part, pad_id, device) for part in parts]
+    inputs = [{"input_ids": own["ids"], "attention_mask": own["mask"]} for own in made]
+    labels = [own["labels"] for own in made]
+    run = partial(pack.outputs, [one.index for one in live], inputs, {"input_ids": pad_id})
+    head = plain_head(pack.model(), loaded.output_head) if labels[0].ndim == 2 else None
+    if head is None:
+        return [loss_of(*own) for own in zip(run(), labels, tokens, strict=True)]
+    longest = max(own.shape[1] for own in labels)
+    filled = [F.pad(own, (0, longest - own.shape[1]), value=IGNORED) for own in labels]
+    with head_gives(head, token_nats, torch.cat(filled)):
+        return [nats.sum() / count for nats, count in zip(run(), tokens, strict=True)]
 
 
 def free_bytes(device: torch.device) -> int:

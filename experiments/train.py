@@ -15,7 +15,7 @@ from torch import Tensor
 from variants._adapter import Adapter
 
 from . import batches
-from .evaluate import count_tokens, training_loss
+from .loss import count_tokens, training_loss
 from .measure import measure, most_bytes
 from .record import Metrics, Terminated, load_checkpoint, pack, save_checkpoint, unpack
 from .tasks import Example
@@ -186,7 +186,7 @@ class Trainer:
         pad_id = self.run.loaded.tokenizer.pad_token_id
         batch = batches.collate(part, pad_id, self.device)
         with self.run.scorer.cast():
-            loss = training_loss(self.model, batch, tokens)
+            loss = training_loss(self.run.loaded, batch, tokens)
         loss.backward()
         return loss.detach()
 

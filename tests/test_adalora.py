@@ -104,9 +104,10 @@ def test_importance_is_its_definition() -> None:
                 )
     state = adapter.allocation_state
     assert state is not None
-    for i, ident in enumerate((name, key) for name in adapter.layers for key in "PEQ"):
-        torch.testing.assert_close(state["mean"][i], mean[ident], rtol=1e-12, atol=1e-18)
-        torch.testing.assert_close(state["uncertainty"][i], spread[ident], rtol=1e-12, atol=1e-18)
+    idents = [(name, key) for name in adapter.layers for key in "PEQ"]
+    for kept, wanted in ((state["mean"], mean), (state["uncertainty"], spread)):
+        flat = torch.cat([wanted[ident].flatten() for ident in idents])
+        torch.testing.assert_close(kept, flat, rtol=1e-12, atol=1e-18)
     scores = {k: mean[k] * spread[k] for k in mean}
     importance = torch.cat([
         scores[name, "E"] + scores[name, "P"].mean(0) + scores[name, "Q"].mean(1)

@@ -41,11 +41,12 @@ E; averages keep 0.85 of what they were:
 >>> _ = rule.after_step(layers, state, 15)
 >>> p["E"].tolist(), rule.ranks(layers, state)
 ([3.0, 0.0, 4.0], {'0': 2})
->>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
+>>> first = [3 * 6]  # the first number of E, which comes after P
+>>> [round(v, 4) for v in (*state["mean"][first].tolist(), *state["uncertainty"][first].tolist())]
 [0.45, 0.3825]
 >>> p["E"].grad = torch.zeros(3)
 >>> _ = rule.after_step(layers, state, 3)
->>> [round(v, 4) for v in (state["mean"][1][0].item(), state["uncertainty"][1][0].item())]
+>>> [round(v, 4) for v in (*state["mean"][first].tolist(), *state["uncertainty"][first].tolist())]
 [0.3825, 0.3825]
 >>> _ = p["P"].data.zero_(), p["Q"].data.zero_()
 >>> round(rule.penalty(layers).item(), 4)  # 0.1 ||I||_F
@@ -64,15 +65,16 @@ A sign does not matter to what is in use; where the target is all there is, noth
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import triplet
 from ._api import Allocation, Scale, in_steps
 from ._layer import Adapted
 from ._registry import Incompatible, preset
-from .triplet import Triplet, averaged, off_orthogonal
 
 if TYPE_CHECKING:
     from ._adapter import Choice
@@ -117,7 +119,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
                 raise Incompatible(f"allocation adalora: {name} must lie between 0 and 1")
 
     def fits(self, choice: "Choice") -> None:
-        if not isinstance(choice.form, Triplet):
+        if not isinstance(choice.form, triplet.Triplet):
             raise self.refuse(choice.form, "a form with singular values (triplet)")
 
     def times(self, steps: int) -> tuple[int, int, int]:
@@ -149,15 +151,14 @@ class AdaLoRABudget(Allocation, name="adalora"):
     def begin(self, layers: Mapping[str, Adapted], steps: int) -> dict[str, Any]:
         start = sum(layer.rank for layer in layers.values())
         self.budget(steps, steps, start, len(layers))  # refuses an impossible schedule now
-        zeros = [torch.zeros_like(t) for t in _tensors(layers)]
+        zeros = torch.zeros_like(triplet.flat(triplet.tensors(layers)))
         ranks = {name: layer.rank for name, layer in layers.items()}
         return {"steps": steps, "budget": start, "ranks": ranks, "threshold": 0.0, "mean": zeros,
-                "uncertainty": [t.clone() for t in zeros]}  # fmt: skip
+                "uncertainty": zeros.clone()}  # fmt: skip
 
     def penalty(self, layers: Mapping[str, Adapted]) -> Tensor | None:
-        terms = [off for layer in layers.values()
-                 for off in off_orthogonal(layer.params["P"], layer.params["Q"])]  # fmt: skip
-        return self.orthogonality * torch.stack([off.norm() for off in terms]).mean()
+        P, _, Q = triplet.in_kinds(triplet.tensors(layers))
+        return self.orthogonality * triplet.distance(P, Q)
 
     @torch.no_grad()
     def after_step(
@@ -165,23 +166,23 @@ class AdaLoRABudget(Allocation, name="adalora"):
     ) -> list[Tensor]:
         steps, mean, uncertainty = state["steps"], state["mean"], state["uncertainty"]
         done = step - 1  # the official scripts ask before they count the step
+        p = triplet.tensors(layers)
         if done < steps - self.times(steps)[1]:
-            tensors = _tensors(layers)
-            grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
-            sensitivity = torch._foreach_abs(torch._foreach_mul(tensors, grads))
-            averaged(mean, uncertainty, list(sensitivity), self.beta1, self.beta2)
+            for own, some in triplet.portions(p):
+                now = triplet.flat(some).mul_(triplet.flat(triplet.gradients(some))).abs_()
+                triplet.averaged([mean[own]], [uncertainty[own]], [now], self.beta1, self.beta2)
         start = sum(layer.rank for layer in layers.values())
         state["budget"], mask = self.budget(done, steps, start, len(layers))
         if mask and state["budget"] < start:
-            scores = torch._foreach_mul(mean, uncertainty)
-            triplets = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
-            importance = [E + P.mean(0) + Q.mean(1) for P, E, Q in triplets]
-            threshold = torch.cat(importance).kthvalue(start - state["budget"]).values
-            for (name, layer), score in zip(layers.items(), importance, strict=True):
-                masked = score <= threshold
-                layer.params["E"].masked_fill_(masked, 0.0)
-                state["ranks"][name] = layer.rank - int(masked.sum())
-            state["threshold"] = threshold.item()
+            scores = zip(*triplet.in_kinds(triplet.like(mean * uncertainty, p)), strict=True)
+            importance = torch.cat([E + P.mean(0) + Q.mean(1) for P, E, Q in scores])
+            threshold = importance.kthvalue(start - state["budget"]).values
+            E = triplet.in_kinds(p)[1]
+            kept = (~(importance <= threshold)).to(importance.dtype)
+            torch._foreach_mul_(E, triplet.like(kept, E))
+            *flags, state["threshold"] = torch.cat([kept, threshold[None]]).tolist()
+            own = iter(flags)
+            state["ranks"] = {k: int(sum(islice(own, la.rank))) for k, la in layers.items()}
         return []  # the official code leaves Adam's moments: a masked E may return
 
     def ranks(self, layers: Mapping[str, Adapted], state: dict[str, Any] | None) -> dict[str, int]:
@@ -190,19 +191,6 @@ class AdaLoRABudget(Allocation, name="adalora"):
         return {name: int((layer.params["E"] != 0).sum()) for name, layer in layers.items()}
 
 
-def _tensors(layers: Mapping[str, Adapted]) -> list[Tensor]:
-    """P, E, Q of each layer in turn."""
-    return [layer.params[k] for layer in layers.values() for k in "PEQ"]
-
-
-preset(
-    "adalora",
-    form="triplet",
-    scale="adalora",
-    allocation="adalora",
-    rank=12,
-    alpha=32,
-    lr=5e-4,
-    lr_origin="the official script for MNLI, DeBERTaV3-base (5e-4 to 2.2e-3 for other tasks)",
-    width=768,
-)
+preset("adalora", form="triplet", scale="adalora", allocation="adalora", rank=12, alpha=32, lr=5e-4,
+       lr_origin="the official script for MNLI, DeBERTaV3-base (5e-4 to 2.2e-3 for other tasks)",
+       width=768)  # fmt: skip

@@ -18,12 +18,16 @@ P and Q start small; a change that is given is decomposed, its singular values i
 True
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._api import LowRank, Tensors
+
+PORTION = 2**16  # numbers
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,88 @@ def off_orthogonal(P: Tensor, Q: Tensor) -> list[Tensor]:
     """
     one = torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
     return [P.mT @ P - one, Q @ Q.mT - one]
+
+
+def distance(P: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
+    """The mean of ||P^T P - I||_F over all P [m, r], and of ||Q Q^T - I||_F over all Q [r, n].
+
+    >>> distance([2 * torch.eye(3, 1)], [torch.eye(1, 3)]).item()
+    1.5
+    """
+    return Distance.apply(len(P), *P, *Q)  # type: ignore[return-value]
+
+
+class Distance(torch.autograd.Function):
+    """See `distance`: d / dP = 2 P (P^T P - I) / ||P^T P - I||_F."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        off = [t.mT @ t for t in tensors[:count]] + [t @ t.mT for t in tensors[count:]]
+        one = torch.eye(max(map(len, off)), dtype=off[0].dtype, device=off[0].device)
+        torch._foreach_sub_(off, [one[: len(t), : len(t)] for t in off])
+        norms = torch.stack(torch._foreach_norm(off))
+        ctx.count = count
+        ctx.save_for_backward(norms, *off, *tensors)
+        return norms.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        norms, *kept = ctx.saved_tensors
+        off, tensors = kept[: len(norms)], kept[len(norms) :]
+        weights = torch.where(norms > 0, 2 * g / (len(norms) * norms), 0)
+        off = torch._foreach_mul(off, weights.unbind())
+        pairs = list(zip(tensors, off, strict=True))
+        P = [t @ o for t, o in pairs[: ctx.count]]
+        return None, *P, *(o @ t for t, o in pairs[ctx.count :])
+
+
+def tensors(layers: Mapping[str, Any]) -> list[Tensor]:
+    """P, E and Q of each layer in turn."""
+    return [layer.params[k] for layer in layers.values() for k in "PEQ"]
+
+
+def in_kinds(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """All P, all E, all Q, of tensors in turn."""
+    return tensors[::3], tensors[1::3], tensors[2::3]
+
+
+def gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What each has gathered; 0 where that is nothing."""
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Their numbers in one row: an operation on it is one for the whole model."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def like(row: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of such a row in the shapes of the tensors.
+
+    >>> [t.tolist() for t in like(torch.arange(3), [torch.zeros(1, 1), torch.zeros(2)])]
+    [[[0]], [1, 2]]
+    """
+    parts = row.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def portions(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The tensors, as many at a time as fit into a processor's cache, and where in the row of all
+    they lie; on other devices all at once.
+
+    >>> some = [torch.zeros(PORTION - 1), torch.zeros(1), torch.zeros(2)]
+    >>> [(row.start, row.stop, len(own)) for row, own in portions(some)]
+    [(0, 65536, 2), (65536, 65538, 1)]
+    """
+    begin = end = 0
+    own: list[Tensor] = []
+    for i, t in enumerate(tensors):
+        own.append(t)
+        end += t.numel()
+        if i == len(tensors) - 1 or (t.device.type == "cpu" and end - begin >= PORTION):
+            yield slice(begin, end), own
+            begin, own = end, []
 
 
 def averaged(
