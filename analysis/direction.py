@@ -23,7 +23,7 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors
+from .spectra import Change, Factors, Triplets
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
@@ -34,6 +34,8 @@ def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
     1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). A row of zeros does not count.
     """
     W0 = W0.detach().to(wide(W0.dtype))
+    if isinstance(dW, Triplets):
+        dW = Factors(dW.Vh, dW.U * dW.S)
     if isinstance(dW, Factors):  # dW's rows are those of s B in the metric A A^T
         A, B = dW.A.detach().double(), dW.s * dW.B.detach().double()
         cross = ((W0 @ A.mT.to(W0)).double() * B).sum(1)

@@ -1,7 +1,7 @@
 """Intruder dimensions (Shuttleworth et al., arXiv:2410.21228, Algorithm 1).
 
 Of the top k left singular vectors of W' = W0 + dW, those whose largest |cosine| with any left
-singular vector of W0 is under eps. Official code: reeceshuttle/intruder-dimensions.
+singular vector of W0 is under eps; absolute cosines, as the official code has them.
 
 A direction of its own and above all others is one; the rest are W0's:
 

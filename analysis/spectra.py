@@ -27,14 +27,25 @@ nine tenths of the energy:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from variants._api import wide
 
-Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, k], S [k] descending, Vh [k, n]
+
+class Triplets(NamedTuple):
+    """A singular value decomposition U diag(S) Vh; a change that was decomposed once may go on as
+    this."""
+
+    U: Tensor  # [m, k]
+    S: Tensor  # [k], descending
+    Vh: Tensor  # [k, n]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.Vh.shape[1]
 
 
 @dataclass(frozen=True)
@@ -59,29 +70,33 @@ class Factors:
         return self.s * self.B.detach() @ self.A.detach()
 
 
-Change = Tensor | Factors
+Change = Tensor | Factors | Triplets
 
 
 def dense(dW: Change) -> Tensor:
     """dW [m, n] as a matrix."""
-    return dW.dense() if isinstance(dW, Factors) else dW.detach()
+    if isinstance(dW, Factors):
+        return dW.dense()
+    return (dW.U * dW.S) @ dW.Vh if isinstance(dW, Triplets) else dW.detach()
 
 
 def triplets(dW: Change) -> Triplets:
     """All singular triplets of dW, min(m, n) or r of them; float64 from factors."""
+    if isinstance(dW, Triplets):
+        return dW
     if isinstance(dW, Tensor):
-        return torch.linalg.svd(dW.detach().to(wide(dW.dtype)), full_matrices=False)
+        W = dW.detach().to(wide(dW.dtype))
+        return Triplets(*torch.linalg.svd(W, full_matrices=False))
     left = torch.linalg.qr(dW.B.detach().double())
     right = torch.linalg.qr(dW.A.detach().double().mT)
     U, S, Vh = torch.linalg.svd(dW.s * left.R @ right.R.mT, full_matrices=False)
-    return left.Q @ U, S, Vh @ right.Q.mT
+    return Triplets(left.Q @ U, S, Vh @ right.Q.mT)
 
 
 def frobenius(dW: Change) -> float:
-    """||dW||_F; of factors the root of trace((A A^T)(s^2 B^T B)), which is of r numbers."""
-    if isinstance(dW, Tensor):
-        return torch.linalg.vector_norm(dW.detach(), dtype=torch.float64).item()
-    return torch.linalg.vector_norm(triplets(dW)[1]).item()
+    """||dW||_F."""
+    t = dW if isinstance(dW, Tensor) else triplets(dW).S
+    return torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item()
 
 
 def effective_rank(S: Tensor) -> float:

@@ -12,6 +12,7 @@ True
 
 A change along W0's first direction is all in its top subspace, and is not amplified:
 
+>>> from .spectra import Factors
 >>> W0 = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
 >>> dW = Factors(torch.eye(4)[:1], torch.eye(4)[:, :1], 4.0)
 >>> found = alignment(torch.linalg.svd(W0), dW, 1)
@@ -19,15 +20,13 @@ A change along W0's first direction is all in its top subspace, and is not ampli
 (1.0, 0.0, 1.0)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from variants import Incompatible
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, dense, triplets
+from .spectra import Change, Triplets, frobenius, triplets
 
 SIDES = ("left", "right")
 
@@ -63,7 +62,9 @@ def chance(d: int, i: int, j: int) -> float:
     return max(i, j) / d
 
 
-def amplification(W0: Tensor, dW: Change, r: int | None = None, seed: int = 0) -> dict[str, Any]:
+def amplification(
+    W0: Tensor, dW: Change, r: int | None = None, seed: int = 0
+) -> dict[str, float | None]:
     """How much more there is of dW than W0 had in its directions (LoRA, Section 7.3, Table 7).
 
     Args:
@@ -109,8 +110,7 @@ def energies(base: Triplets, dW: Change, side: str = "left") -> Tensor:
     else:
         U, S, Vh = triplets(dW)
         moved = own.mT @ ((U if side == "left" else Vh.mT) * S).to(own)
-    squares = moved.double().square().sum(1)
-    total = _energy(dW)
+    squares, total = moved.double().square().sum(1), frobenius(dW) ** 2
     return squares / total if total else squares
 
 
@@ -119,37 +119,27 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
     of MiLoRA, arXiv:2406.09044).
 
     left: ||U_k^T dW||_F^2, right: ||dW V_k||_F^2, both: ||U_k^T dW V_k||_F^2, each over
-    ||dW||_F^2; `chance`: what a random change has there, on the left and in both.
+    ||dW||_F^2; `chance`: what a random change has there, on the left and in both. `base` are W0's
+    triplets.
 
     Raises:
         Incompatible: k above the rank that W0 can have.
     """
-    U, S0, Vh = base
+    U0, S0, Vh0 = base
     if not 1 <= k <= len(S0):
         raise Incompatible(f"k={k}: W0 has {len(S0)} singular vectors")
-    total, found = _energy(dW), {}
+    total, found = frobenius(dW) ** 2, {}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
-        Uk, Vk = U[:, cut], Vh[cut].mT
-        if isinstance(dW, Factors):
-            left, right = dW.s * (Uk.mT @ dW.B.detach().to(U)), dW.A.detach().to(U) @ Vk
-            both = left @ right
-            sides = left @ _root(dW.A), _root(dW.B.mT).mT @ right * dW.s
-        else:
-            moved = Uk.mT @ dense(dW).to(U)
-            both, sides = moved @ Vk, (moved, dense(dW).to(U) @ Vk)
-        for side, t in zip(("left", "right", "both"), (*sides, both), strict=True):
-            share = t.double().square().sum().item()
-            found[f"{side}_{name}"] = share / total if total else 0.0
+        Uk, Vk = U0[:, cut], Vh0[cut].mT
+        if isinstance(dW, Tensor):
+            own = dW.detach().to(Uk)
+            left, right = Uk.mT @ own, own @ Vk
+            both = left @ Vk
+        else:  # in the coordinates of its own triplets, which keep lengths
+            U, S, Vh = triplets(dW)
+            left, inner = Uk.mT @ (U * S).to(Uk), Vh.to(Vk) @ Vk
+            right, both = S.to(Vk)[:, None] * inner, left @ inner
+        for side, t in (("left", left), ("right", right), ("both", both)):
+            found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else 0.0
     m, n = dW.shape
     return found | {"chance": k / m, "chance_both": k * k / (m * n)}
-
-
-def _root(A: Tensor) -> Tensor:
-    """R [r, r] with R R^T = A A^T: ||X A||_F = ||X R||_F for any X."""
-    return torch.linalg.qr(A.detach().double().mT).R.mT.to(wide(A.dtype))
-
-
-def _energy(dW: Change) -> float:
-    if isinstance(dW, Tensor):
-        return dW.detach().double().square().sum().item()
-    return triplets(dW)[1].square().sum().item()
