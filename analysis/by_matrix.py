@@ -110,7 +110,8 @@ def of_amplification(x: Matrix, asked: Asked) -> dict[str, Any]:
 
 def of_alignment(x: Matrix, asked: Asked) -> dict[str, Any]:
     """The share of dW's energy in the top and the bottom singular subspaces of W0."""
-    profile = energies(x.base, x.svd, "left").cumsum(0)
+    m, n = x.W0.shape
+    profile = energies(x.base, x.svd, "left" if m <= n else "right").cumsum(0)  # which span all
     at = [max(0, round(len(profile) * p / 100) - 1) for p in PERCENT]
     k = max(1, x.rank)
     return alignment(x.base, x.svd, k) | {"k": k, "cumulative": profile[at].tolist()}

@@ -83,13 +83,12 @@ def _mean_table(tables: Sequence[Any], size: Sequence[int]) -> Any:
 
 
 def _alignment_figures(found: Found, own: Found) -> dict[str, Any]:
-    lines = {}
+    lines: dict[str, list[tuple[float, float]]] = {"chance": [(p, p / 100) for p in PERCENT]}
     for role, names in roles_of(found).items():
         curves = [own[n]["cumulative"] for n in names]
         lines[role] = [(p, sum(c[i] for c in curves) / len(curves)) for i, p in enumerate(PERCENT)]
-    lines["chance"] = [(p, p / 100) for p in PERCENT]
-    return _kept(energy=figures.lines({"": lines}, "% of W0's left singular vectors, largest first",
-                                      "share of dW's energy"))  # fmt: skip
+    x = "% of W0's singular vectors, largest first"
+    return _kept(energy=figures.lines({"": lines}, x, "share of dW's energy", linear=True))
 
 
 def _intruder_figures(found: Found, own: Found) -> dict[str, Any]:
@@ -115,13 +114,12 @@ def _rank_figures(found: Found, own: Found) -> dict[str, Any]:
     path, budget = own["trajectory"], None
     if path:
         roles = {row["name"]: row["role"] for row in found["matrices"]}
-        lines = {}
+        count = len(path["layers"])
+        lines = {"budget": [(step, b / count) for step, b in zip(path["steps"], path["budget"])]}
         for role, names in roles_of(found).items():
             at = [i for i, layer in enumerate(path["layers"]) if roles[layer] == role]
             means = (sum(row[i] for i in at) / len(names) for row in path["ranks"])
             lines[role] = list(zip(path["steps"], means, strict=True))
-        count = len(path["layers"])
-        lines["budget"] = [(step, b / count) for step, b in zip(path["steps"], path["budget"])]
         budget = figures.lines({"": lines}, "step", "mean rank of a matrix")
     heat = _heat(found, {"": lambda n: own["final"][n]}, "rank")
     return _kept(heatmap=heat, budget=budget)

@@ -15,6 +15,7 @@ from variants import Incompatible
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), and a marker for each, for prints in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
+MARKED = 25  # points of a line, about, that have a marker
 FAR = 20  # times between the least and the largest value: the scale is logarithmic then
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
@@ -45,10 +46,10 @@ def styled() -> Iterator[None]:
 
 
 @styled()
-def lines(panels: Mapping[str, Lines], x: str, y: str) -> Any:
+def lines(panels: Mapping[str, Lines], x: str, y: str, linear: bool = False) -> Any:
     """A panel of lines for each title, one scale for all, one legend.
 
-    The scale is logarithmic where values lie far apart.
+    The scale is logarithmic where values lie far apart, unless it is to be `linear`.
     """
     figure, axes = _grid(len(panels), sharey=True)
     names = list(dict.fromkeys(name for found in panels.values() for name in found))
@@ -58,9 +59,10 @@ def lines(panels: Mapping[str, Lines], x: str, y: str) -> Any:
         for name, points in found.items():
             i = names.index(name)
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-                    "linestyle": "--" if i >= len(COLOURS) else "-"}  # fmt: skip
+                    "linestyle": "--" if i >= len(COLOURS) else "-",
+                    "markevery": max(1, len(points) // MARKED)}  # fmt: skip
             axis.plot(*zip(*points, strict=True), label=name, **look)
-        if min(values) > 0 and max(values) > FAR * min(values):
+        if not linear and min(values) > 0 and max(values) > FAR * min(values):
             axis.set_yscale("log")
         axis.grid(axis="y", linewidth=0.3)
         if all(isinstance(at, int) for points in found.values() for at, _ in points):
@@ -112,7 +114,8 @@ def heat(
     wide = max(1.9, 0.3 * len(columns)) if len(columns) < 12 else 2.0
     across = min(4, len(panels))
     figure.set_size_inches(max(3.3, wide * across + 1.3), tall * -(-len(panels) // across) + 0.7)
-    numbered = len(rows) * len(columns) <= 84 and wide / len(columns) > 0.25
+    numbered = len(rows) * len(columns) <= 84 and wide / len(columns) > 0.35
+    image: Any = None
     for axis, (title, table) in zip(axes, panels.items()):
         axis.set_title(title)
         cells = [[float("nan") if v is None else v for v in row] for row in table]
@@ -124,9 +127,9 @@ def heat(
             for j, v in enumerate(row):
                 if v is not None:
                     dark = v < low + 0.6 * (high - low)
-                    axis.text(j, i, f"{v:.3g}", ha="center", va="center", fontsize=5.5,
+                    axis.text(j, i, f"{v:.2g}", ha="center", va="center", fontsize=5.5,
                               color="white" if dark else "black")  # fmt: skip
-        figure.colorbar(image, ax=axis, label=value if axis is axes[-1] else None)
+    figure.colorbar(image, ax=axes, label=value, fraction=0.04, aspect=30)
     _label(figure, x, y)
     return figure
 

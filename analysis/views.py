@@ -38,8 +38,8 @@ COLUMNS: dict[str, tuple[str, Columns]] = {
         "||W - Q||_F": lambda x: x["frobenius"], "relative": lambda x: x["frobenius_relative"],
         "at the start": lambda x: x["frobenius_start"],
         "% less": lambda x: x["frobenius_reduction"],
-        "nuclear": lambda x: x["nuclear"], "at the start ": lambda x: x["nuclear_start"],
-        "% less ": lambda x: x["nuclear_reduction"],
+        "nuclear": lambda x: x["nuclear"], "nuclear, at the start": lambda x: x["nuclear_start"],
+        "nuclear, % less": lambda x: x["nuclear_reduction"],
     }),
 }  # fmt: skip
 
@@ -87,23 +87,23 @@ def _magnitude(found: Found, own: Found) -> list[Table]:
     columns = ("role", "state", "matrices", "dD", "dM", "slope", "correlation")
     table = Table("magnitude: rows move in magnitude (dM) and direction (dD)", columns, left=2)
     states = list(dict.fromkeys(row["state"] for row in own["rows"]))
-    for role in (*roles_of(found), "all"):
-        for state in (*states, *(["together"] if len(states) > 1 else [])):
-            rows = [r for r in own["rows"] if role in (r["role"], "all")
-                    and state in (r["state"], "together")]  # fmt: skip
-            line = slope([(r["dD"], r["dM"]) for r in rows])
-            cells = (mean(r["dD"] for r in rows), mean(r["dM"] for r in rows), *line)
-            table.rows.append((role, state, str(len(rows)), *map(_digits, cells)))
+    groups = [(role, "end") for role in roles_of(found)] + [("all", state) for state in states]
+    for role, state in (*groups, *([("all", "together")] if len(states) > 1 else [])):
+        rows = [r for r in own["rows"]
+                if role in (r["role"], "all") and state in (r["state"], "together")]  # fmt: skip
+        line = slope([(r["dD"], r["dM"]) for r in rows])
+        cells = (mean(r["dD"] for r in rows), mean(r["dM"] for r in rows), *line)
+        table.rows.append((role, state, str(len(rows)), *map(_digits, cells)))
     return [table]
 
 
 def _ranks(found: Found, own: Found) -> list[Table]:
-    table = Table("ranks: directions in use", ("role", *map(str, own["layers"])))
+    table = Table("ranks", ("role", *map(str, own["layers"])))
     for role, row in zip(own["roles"], own["heatmap"], strict=True):
         table.rows.append((role, *(_digits(v, "g") for v in row)))
     made, path = [table] if own["roles"] else [], own["trajectory"]
     if path:
-        second = Table("ranks: the budget over the run", ("step", "budget", "directions in use"))
+        second = Table("ranks over the run", ("step", "budget", "directions in use"))
         step = max(1, (len(path["steps"]) - 1) // 8)
         for i in (*range(0, len(path["steps"]) - 1, step), len(path["steps"]) - 1):
             second.rows.append((str(path["steps"][i]), _digits(path["budget"][i], "g"),
