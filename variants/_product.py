@@ -15,6 +15,17 @@ Dropout has the mean of its input, and backward the mask of forward:
 >>> y.sum().backward()
 >>> torch.equal(x.grad, y)
 True
+
+Second derivatives are whole where A is frozen, or where a magnitude c rescales:
+
+>>> x, A, B, c = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
+...               for s in ((3, 4), (2, 4), (5, 2), (5,)))
+>>> torch.autograd.gradgradcheck(lambda x, A, B: low_rank(x, A, B, 2.0), (x, A, B))
+True
+>>> torch.autograd.gradgradcheck(lambda x, B: low_rank(x, A.detach(), B, 2.0), (x, B))
+True
+>>> torch.autograd.gradgradcheck(rescaled, (x @ A.T @ B.T, c))
+True
 """
 
 import math
@@ -64,21 +75,18 @@ def frozen_product(x: Tensor, decoded: Decoded, bias: Tensor | None) -> Tensor:
 
 
 class _LowRank(torch.autograd.Function):
-    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts.
-
-    Where A is frozen nothing needs x: then x A^T [tokens, r] is kept in its place.
-    """
+    """s x A^T B^T: keeps x (which projections share) and the factors, not x A^T nor their casts."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, s: float, p: float, seed: int) -> Tensor:
         down = F.linear(drop(x, p, seed), A.to(x.dtype))
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B)
+        ctx.save_for_backward(x, A, B)
         ctx.settings = s, p, seed, x.dtype
         return F.linear(down, B.to(x.dtype)) * s
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept, A, B = ctx.saved_tensors
+        x, A, B = ctx.saved_tensors
         s, p, seed, dtype = ctx.settings
         g = grads[0].reshape(-1, B.shape[0]) * s
         up = g @ B.to(dtype)  # [T, r]
@@ -88,16 +96,21 @@ class _LowRank(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = masked((up @ A.to(dtype)).view(shape), p, seen)
         if ctx.needs_input_grad[1]:
-            xd = masked(kept, p, seen).reshape(-1, A.shape[1])
+            xd = masked(x, p, seen).reshape(-1, A.shape[1])
             gA = (up.mT @ xd).to(A.dtype)
-            kept = xd @ A.to(dtype).mT
-        if ctx.needs_input_grad[2]:
-            gB = (g.mT @ kept.reshape(-1, A.shape[0])).to(B.dtype)
+            if ctx.needs_input_grad[2]:
+                gB = (g.mT @ (xd @ A.to(dtype).mT)).to(B.dtype)
         return gx, gA, gB, None, None, None
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, s: float, p: float = 0.0, seed: int = 0) -> Tensor:
-    """x [..., n] -> s B A dropout(x) [..., m]; A [r, n] and B [m, r] in their own dtype."""
+    """x [..., n] -> s B A dropout(x) [..., m]; A [r, n] and B [m, r] in their own dtype.
+
+    Where A is frozen nothing needs x: then x A^T [tokens, r] is kept in its place.
+    """
+    if not A.requires_grad:
+        down = F.linear(dropout(x, p, seed) if p else x, A.to(x.dtype))
+        return F.linear(down, B.to(x.dtype)) * s
     return _LowRank.apply(x, A, B, s, p, seed)  # type: ignore[return-value]
 
 
@@ -106,18 +119,16 @@ class _Rescaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, c: Tensor) -> Tensor:
-        change = (c - 1).to(t.dtype)
-        ctx.save_for_backward(t, change)
-        ctx.dtype = c.dtype
-        return torch.addcmul(t, t, change)
+        ctx.save_for_backward(t, c)
+        return torch.addcmul(t, t, (c - 1).to(t.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (t, change), g = ctx.saved_tensors, grads[0]
-        gt = torch.addcmul(g, g, change) if ctx.needs_input_grad[0] else None
+        (t, c), g = ctx.saved_tensors, grads[0]
+        gt = torch.addcmul(g, g, (c - 1).to(g.dtype)) if ctx.needs_input_grad[0] else None
         gc = None
         if ctx.needs_input_grad[1]:
-            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=ctx.dtype)
+            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=c.dtype)
         return gt, gc
 
 
