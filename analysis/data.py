@@ -22,7 +22,7 @@ from variants._calibrate import statistics
 
 from .opened import Opened
 
-ITEMS = 256  # of a data set, at most
+ITEMS = 1024  # of a data set, at most
 BATCH = 8  # pieces of a text
 
 

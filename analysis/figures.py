@@ -175,6 +175,8 @@ def _grid(count: int, sharey: bool) -> tuple[Any, list[Any]]:
 def save(figure: Any, stem: Path) -> list[Path]:
     """Writes `stem`.svg and `stem`.png."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    figure.draw_without_rendering()  # the layout is found once, and not again for each file
+    figure.set_layout_engine("none")
     figure.savefig(paths[0], metadata={"Date": None})
     figure.savefig(paths[1], metadata={"Software": None})
     return paths
