@@ -65,7 +65,7 @@ def causal(o: Opened, asked: Asked) -> dict[str, Any]:
         found[name] = newcomers(x.base[0], x.layer.weight, asked.k)
     with o.adapter.disabled():
         base = {name: sample.loss() for name, sample in data.items()}
-    matrices = _merged(o)
+    matrices = merged(o)
     before = {name: W.clone() for name, W in matrices.items()}
     rows = []
     for factor in FACTORS:
@@ -76,7 +76,7 @@ def causal(o: Opened, asked: Asked) -> dict[str, Any]:
     return {"eps": asked.eps, "intruders": count, "base": base, "rows": rows}
 
 
-def _merged(o: Opened) -> dict[str, Tensor]:
+def merged(o: Opened) -> dict[str, Tensor]:
     """Merges the adapter; the model's own matrices [m, n] by layer, which can be written to."""
     model = o.adapter.merge()
     layers, found = all_layers(model), {}

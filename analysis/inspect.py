@@ -73,6 +73,7 @@ def inspected(
         "schema": SCHEMA, "name": o.name, "variant": choice.preset, "axes": choice.axes(),
         "rank": choice.rank, "against": None if other is None else other.name,
         "matrices": _matrices(o), "analyses": found, "missing": missing,
+        "notes": list(o.adapter.notes),
     }  # fmt: skip
 
 
@@ -124,8 +125,8 @@ def main() -> int:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             found = _run(given)
-        found["notes"] = list(dict.fromkeys(str(w.message) for w in said
-                                            if issubclass(w.category, UserWarning)))  # fmt: skip
+        heard = (str(w.message) for w in said if issubclass(w.category, UserWarning))
+        found["notes"] = list(dict.fromkeys((*found["notes"], *heard)))
         made = views.tables(found)
         draw = not given.no_figures
         paths = [] if given.out is None else written(found, made, given.out, draw)

@@ -10,18 +10,22 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from models import logits, made
 from safetensors.torch import save_file
 from test_run import QUICK, lab, module, only
 
+import variants
 from analysis import drawings, views
-from analysis.by_model import DATA
+from analysis.by_model import DATA, merged
 from analysis.inspect import inspected
 from analysis.measures import DEFAULT, NAMES
-from analysis.opened import opened
+from analysis.opened import Opened, opened
 from analysis.ranks import trajectory
+from analysis.weights import place_of
 from experiments.config import HF
-from experiments.model import TINY, Source
+from experiments.model import TINY, Loaded, Source
 from variants import Incompatible
+from variants._targets import all_layers
 
 Q = "model.layers.{}.self_attn.q_proj"
 
@@ -202,3 +206,26 @@ def test_folders_that_are_none(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "an adapter does not name its base: give --model DIR" in said.stderr
     words = ["--model", str(TINY), "--what", "ranks"]
     module("analysis.inspect", str(runs["dora"] / "adapter"), *words)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "picture"])
+def test_matrices_of_every_kind_are_written_to(name: str) -> None:
+    """After the merge for the causal test: slices of a transposed fused layer, experts of a stack,
+    convolutions. Each is the adapted matrix, and the model computes with what is written."""
+    model, inputs = made(name)
+    modules = dict(all_layers(model))
+    targets = {"gpt2": "q,v", "mixtral": "mlp", "picture": "convolutions"}[name]
+    adapter = variants.attach(model, "lora", rank=2, targets=targets)
+    for i, t in enumerate(adapter.parameters()):
+        t.data += 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i))
+    places = {k: place_of(modules, site) for k, site in adapter.sites.items()}
+    o = Opened(Path("nowhere"), None, Loaded(model, None, False), adapter, places, modules)
+    before = {k: layer.weight.detach().clone() for k, layer in adapter.layers.items()}
+    as_tuned = logits(model, inputs).detach()
+    matrices = merged(o)
+    for k, W in matrices.items():
+        torch.testing.assert_close(W, before[k], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, inputs), as_tuned, rtol=0, atol=1e-5)
+    for W in matrices.values():
+        W.mul_(0.5)
+    assert (logits(model, inputs) - as_tuned).abs().max() > 1e-3
