@@ -43,7 +43,8 @@ class Table:
 
     def show(self, console: Console) -> None:
         """On the screen."""
-        shown = RichTable(title=self.title, title_justify="left")
+        width = min(len(self.title), console.width)  # so that the title stands on one line
+        shown = RichTable(title=self.title, title_justify="left", min_width=width)
         for i, name in enumerate(self.columns):
             shown.add_column(name, justify="left" if i < self.left else "right", overflow="fold")
         for row in self.rows:

@@ -1077,8 +1077,8 @@ BUGS = [
     ),
     Bug(
         "_product",
-        "dropped = drop(kept.reshape(-1, shape[-1]), at, p)",
-        "dropped = kept.reshape(-1, shape[-1])",
+        "dropped = drop(x.reshape(-1, shape[-1]), at, p)",
+        "dropped = x.reshape(-1, shape[-1])",
         "the mask forgotten in the gradient of A",
         "lora; dora",
     ),
@@ -1098,7 +1098,7 @@ BUGS = [
     ),
     Bug(
         "_magnitude",
-        "gt = rescale(g, change) if",
+        "gt = rescale(g, c) if",
         "gt = g if",
         "the gain forgotten in backward",
         "dora; ia3",
@@ -1953,8 +1953,8 @@ BUGS = [
     ),
     Bug(
         "_product",
-        "at = places(math.prod(shape), p, seed, g.device) if",
-        "at = places(math.prod(shape), p, seed + 1, g.device) if",
+        "at = places(x.numel(), p, seed, g.device)",
+        "at = places(x.numel(), p, seed + 1, g.device)",
         "another mask in backward",
         "lora; dora",
     ),

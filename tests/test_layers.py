@@ -382,3 +382,39 @@ def test_the_fingerprint_sees_every_column() -> None:
     other = W.clone()
     other[:, 7] = 1.0
     assert fingerprint(W) != fingerprint(other)
+
+
+WHOLE: dict[str, Any] = {"form": {"name": "dora", "detach_norm": False}}
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("lora", {}),
+        ("lora", {"dropout": 0.4}),
+        ("lora_fa", {}),
+        ("lora_fa", {"dropout": 0.4}),
+        ("dora", WHOLE),
+        ("dora", WHOLE | {"dropout": 0.4}),
+        ("ia3", {}),
+        ("lora", {"base": "nf4"}),
+        ("dora", WHOLE | {"base": "nf4", "dropout": 0.4}),
+    ],
+)
+def test_second_derivatives_are_whole(preset: str, more: dict[str, Any]) -> None:
+    """Of inputs and trained tensors, in float64, by finite differences."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5)).double()
+    settings = {} if preset == "ia3" else {"rank": 2}
+    adapter = variants.attach(model, preset, targets=["0"], **settings, **more)
+    layer, g = adapter.layers["0"].train(), torch.Generator().manual_seed(0)
+    trained = {k: t for k, t in layer.named_parameters() if t.requires_grad}
+    for t in trained.values():
+        t.data = t.data.double() + 0.3 * torch.randn(t.shape, generator=g, dtype=torch.float64)
+    x = torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return torch.func.functional_call(layer, dict(zip(trained, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(outputs, (x, *trained.values()))
+    assert torch.autograd.gradgradcheck(outputs, (x, *trained.values()))

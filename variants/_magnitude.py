@@ -18,28 +18,26 @@ if TYPE_CHECKING:
     from ._api import Stored
 
 
-def rescale(t: Tensor, change: Tensor) -> Tensor:
-    """t + change t."""
-    return torch.addcmul(t, t, change)
+def rescale(t: Tensor, c: Tensor) -> Tensor:
+    """c t as t + (c - 1) t."""
+    return torch.addcmul(t, t, (c - 1).to(t.dtype))
 
 
 class _Rescaled(torch.autograd.Function):
-    """c t as t + (c - 1) t."""
+    """See `rescale`."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, c: Tensor) -> Tensor:
-        change = (c - 1).to(t.dtype)
-        ctx.save_for_backward(t, change)
-        ctx.dtype = c.dtype
-        return rescale(t, change)
+        ctx.save_for_backward(t, c)
+        return rescale(t, c)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (t, change), g = ctx.saved_tensors, grads[0]
-        gt = rescale(g, change) if ctx.needs_input_grad[0] else None
+        (t, c), g = ctx.saved_tensors, grads[0]
+        gt = rescale(g, c) if ctx.needs_input_grad[0] else None
         gc = None
         if ctx.needs_input_grad[1]:
-            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=ctx.dtype)
+            gc = (g * t).reshape(-1, t.shape[-1]).sum(0, dtype=c.dtype)
         return gt, gc
 
 
@@ -88,10 +86,15 @@ class _Corrected(torch.autograd.Function):
             gx = plus_back(up @ A.to(dtype), g * (c - 1).to(dtype), W, decoded)
             gx = drop(gx, at, p)
             gx = (plus_back(gx, g, W, decoded) if whole else gx).view(x.shape)
-        if any(ctx.needs_input_grad[1:3]):
+        again = ctx.needs_input_grad[3] and torch.is_grad_enabled()  # for a second derivative
+        if any(ctx.needs_input_grad[1:3]) or again:
             dropped = drop(flat, at, p)
             gA = (up.mT @ dropped).to(A.dtype)
             gB = (scaled * (g.mT @ (dropped @ A.to(dtype).mT))).to(B.dtype)
+        if again:
+            t = plus_back(
+                s * (dropped @ A.to(dtype).mT) @ B.to(dtype).mT, dropped, W, decoded, True
+            )
         if ctx.needs_input_grad[3]:
             gc = (g * t).sum(0, dtype=c.dtype)
         if ctx.needs_input_grad[7]:

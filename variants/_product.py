@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._dropout import drop, places
+from ._dropout import drop, dropout, places
 
 if TYPE_CHECKING:
     from ._api import Stored
@@ -66,19 +66,21 @@ def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(y, a, b) if torch.is_grad_enabled() else y.addmm_(a, b)
 
 
-def plus_back(y: Tensor, g: Tensor, W: Tensor | None, decoded: Decoded | None) -> Tensor:
-    """y + g W, which keeps no W that is only lent."""
+def plus_back(
+    y: Tensor, g: Tensor, W: Tensor | None, decoded: Decoded | None, forward: bool = False
+) -> Tensor:
+    """y + g W, or y + g W^T (`forward`), which keeps no W that is only lent."""
     if decoded is not None and torch.is_grad_enabled():
-        return y + _Frozen.apply(g, decoded, None, True)
+        return y + _Frozen.apply(g, decoded, None, not forward)
     with lent(W, decoded, g.dtype) as own:
-        return _plus(y, g, own)
+        return _plus(y, g, own.mT if forward else own)
 
 
 class _Adapted(torch.autograd.Function):
     """W x + bias + s B A D x, whose sum is made by the product with B itself, and so in backward.
 
-    Keeps x (which projections share) and no A D x, no casts; where A is frozen, A D x [T, r] alone.
-    `given`: W x + bias, where it is at hand.
+    Keeps x (which projections share) and no A D x, no casts. `given`: W x + bias, where it is at
+    hand.
     """
 
     @staticmethod
@@ -94,28 +96,25 @@ class _Adapted(torch.autograd.Function):
         else:
             y = given.clone(memory_format=torch.contiguous_format)
         y.view(-1, B.shape[0]).addmm_(down, B.to(x.dtype).mT)  # y is no view: it may be changed
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else down, A, B, W)
+        ctx.save_for_backward(x, A, B, W)
         ctx.settings = decoded, given is None, s, p, seed, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        kept, A, B, W = ctx.saved_tensors
+        x, A, B, W = ctx.saved_tensors
         decoded, whole, s, p, seed, bias = ctx.settings
         gx = gA = gB = gb = None
         g, dtype = grads[0].reshape(-1, B.shape[0]), grads[0].dtype
         up, shape = (g @ B.to(dtype)).mul(s), (*grads[0].shape[:-1], A.shape[1])
-        seen = any(ctx.needs_input_grad[:2])
-        at = places(math.prod(shape), p, seed, g.device) if seen else None
+        at = places(x.numel(), p, seed, g.device)
         if ctx.needs_input_grad[0]:
             gx = drop(up @ A.to(dtype), at, p)
             gx = (plus_back(gx, g, W, decoded) if whole else gx).view(shape)
-        if ctx.needs_input_grad[1]:
-            dropped = drop(kept.reshape(-1, shape[-1]), at, p)
+        if any(ctx.needs_input_grad[1:3]):
+            dropped = drop(x.reshape(-1, shape[-1]), at, p)
             gA = (up.mT @ dropped).to(A.dtype)
-            kept = (dropped @ A.to(dtype).mT).mul(s)
-        if ctx.needs_input_grad[2]:
-            gB = (g.mT @ kept).to(B.dtype)
+            gB = (g.mT @ (dropped @ A.to(dtype).mT).mul(s)).to(B.dtype)
         if ctx.needs_input_grad[6]:
             gb = g.sum(0).to(bias)
         return gx, gA, gB, None if whole else grads[0], None, None, gb, None, None, None
@@ -125,7 +124,13 @@ def adapted(
     x: Tensor, base: "Stored", bias: Tensor | None, A: Tensor, B: Tensor, s: float,
     p: float = 0.0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
-    """x [..., n] -> W x + bias + s B A dropout(x) [..., m], W = `base`, in the dtype of x."""
+    """x [..., n] -> W x + bias + s B A dropout(x) [..., m], W = `base`, in the dtype of x.
+
+    Where A is frozen nothing needs x in backward: A D x [T, r] is kept in its place.
+    """
+    if not A.requires_grad:
+        down = F.linear(dropout(x, p, seed) if p else x, A.to(x.dtype))
+        return base.product(x, bias) + F.linear(down, B.to(x.dtype)) * s
     W = base.resident(x.dtype)
     decoded = base.decoded if W is None else None
     given = base.given(x, bias)
