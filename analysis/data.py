@@ -12,7 +12,8 @@ from torch import Tensor
 import variants
 from experiments import batches
 from experiments.config import Settings
-from experiments.evaluate import Scorer, count_tokens, training_loss
+from experiments.evaluate import Scorer
+from experiments.loss import count_tokens, loss_of
 from experiments.model import Loaded
 from experiments.saved import load_model
 from experiments.tasks import BadInput, Example, Task
@@ -96,7 +97,8 @@ class Batch:
         model: Any = self.loaded.model
         pad_id = self.loaded.tokenizer.pad_token_id
         batch = batches.collate(self.examples, pad_id, next(model.parameters()).device)
-        return training_loss(model, batch, count_tokens(self.examples))
+        logits = model(input_ids=batch["ids"], attention_mask=batch["mask"]).logits
+        return loss_of(logits, batch["labels"], count_tokens(self.examples))  # twice differentiable
 
 
 def first_batch(o: Opened, text: Path | None) -> Batch:

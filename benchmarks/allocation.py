@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def filled(tensors: list[nn.Parameter]) -> None:
+def filled(tensors: Sequence[torch.Tensor]) -> None:
     """Numbers that are no edge case, in the tensors and their gradients."""
     g = torch.Generator().manual_seed(0)
     for t in tensors:
@@ -50,7 +50,7 @@ def here(given: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """Each part, with this project's allocator."""
     model = llama(torch.float32, given.width, given.layers)
     adapter = variants.attach(model, "adalora", rank=given.rank)
-    filled(adapter.parameters())
+    filled(list(adapter.parameters()))
     rule: Any = adapter.choice.allocation
     state = rule.begin(adapter.layers, STEPS)
     within = STEPS // 4  # past the warm-up, before the end: importance, then a mask of it
@@ -104,7 +104,7 @@ def row(
 ) -> dict[str, Any]:
     """What the parts cost together, here and there."""
 
-    def together(calls: dict[str, Any]) -> Callable[[], None]:
+    def together(calls: dict[str, Any]) -> Callable[[], Any]:
         return lambda: [calls[part]() for part in parts] and None
 
     calls = {"here": together(made[0]), "PEFT": together(made[1])}

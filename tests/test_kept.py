@@ -1,4 +1,4 @@
-"""What autograd keeps of an adapted model, and how much work a step is: exact figures, no timing."""
+"""What autograd keeps of an adapted model, and the work of a step: exact figures, no timing."""
 
 from collections.abc import Callable
 from copy import deepcopy

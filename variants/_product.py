@@ -5,7 +5,6 @@ Each is an autograd function over plain torch operations, so a second derivative
 Legend: x [..., n] (T numbers of n), W [m, n], A [r, n], B [m, r]; D x is x after dropout.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any

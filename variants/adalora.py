@@ -177,7 +177,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
             scores = zip(*triplet.in_kinds(triplet.like(mean * uncertainty, p)), strict=True)
             importance = torch.cat([E + P.mean(0) + Q.mean(1) for P, E, Q in scores])
             threshold = importance.kthvalue(start - state["budget"]).values
-            E = triplet.in_kinds(p)[1]
+            E = list(triplet.in_kinds(p)[1])
             kept = (~(importance <= threshold)).to(importance.dtype)
             torch._foreach_mul_(E, triplet.like(kept, E))
             *flags, state["threshold"] = torch.cat([kept, threshold[None]]).tolist()
