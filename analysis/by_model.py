@@ -3,6 +3,7 @@
 Those that change a model open it anew, so that none sees what another did.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -36,11 +37,12 @@ def magnitude(o: Opened, asked: Asked) -> dict[str, Any]:
         o.adapter.restore(tensors)
         for name in o.adapter.layers:
             x = Matrix(o, name)
-            if 1 in x.W0.shape:
+            if 1 in x.W0.shape:  # gains: a row has no direction
                 continue
             dM, dD = magnitude_direction(x.W0, x.dW)
-            rows.append({"name": name, "role": o.places[name].role, "state": state,
-                         "dM": dM, "dD": dD})  # fmt: skip
+            if not math.isnan(dM):
+                rows.append({"name": name, "role": o.places[name].role, "state": state,
+                             "dM": dM, "dD": dD})  # fmt: skip
     line, correlation = slope([(row["dD"], row["dM"]) for row in rows])
     return {"rows": rows, "slope": line, "correlation": correlation}
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from experiments.record import finite
 from experiments.tasks import BadInput
 from variants import Incompatible
 from variants._io import write_atomically
@@ -69,12 +70,12 @@ def inspected(
     asked = Asked(open_, text, other, eps, device=device, reference=default_variant())
     found, missing = measured(o, what, asked)
     choice = o.adapter.choice
-    return {
+    return finite({
         "schema": SCHEMA, "name": o.name, "variant": choice.preset, "axes": choice.axes(),
         "rank": choice.rank, "against": None if other is None else other.name,
         "matrices": _matrices(o), "analyses": found, "missing": missing,
         "notes": list(o.adapter.notes),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def _matrices(o: Opened) -> list[dict[str, Any]]:

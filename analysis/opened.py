@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import variants
@@ -111,6 +112,8 @@ def opened(path: str | Path, model: str | Path | None = None, device: str = "cpu
     loaded.model.to(device)
     modules = dict(all_layers(loaded.model))
     adapter = load(loaded)
+    if not all(torch.isfinite(t).all() for t in adapter.parameters()):
+        raise BadInput(f"{path}: its adapter has numbers that are not finite: the run diverged")
     places = {name: place_of(modules, site) for name, site in adapter.sites.items()}
     loaded.model.eval()
     return Opened(path, settings, loaded, adapter, places, modules)

@@ -29,7 +29,7 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("w") as file:
-            json.dump(_finite(value), file, indent=1)
+            json.dump(finite(value), file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -46,11 +46,12 @@ def make(folder: Path, out_dir: Any) -> None:
         raise BadInput(f"out_dir={out_dir}: {error.strerror}") from None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null for every number that is not finite, since json has none."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -210,7 +211,7 @@ class Metrics:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(_finite(row)) + "\n")
+        self.file.write(json.dumps(finite(row)) + "\n")
         self.file.flush()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from models import logits, made
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_run import QUICK, lab, module, only
 
 import variants
@@ -199,13 +199,19 @@ def test_bad_input_is_named(words: list[str], message: str, runs: dict[str, Path
     assert len(said.stderr.splitlines()) == 1
 
 
-def test_folders_that_are_none(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_that_are_none(runs: dict[str, Path], imported: Path, tmp_path: Path) -> None:
     said = module("analysis.inspect", str(tmp_path), code=1)
     assert "no folder of a run (config.yaml) nor of an adapter" in said.stderr
     said = module("analysis.inspect", str(runs["dora"] / "adapter"), code=1)
     assert "an adapter does not name its base: give --model DIR" in said.stderr
     words = ["--model", str(TINY), "--what", "ranks"]
     module("analysis.inspect", str(runs["dora"] / "adapter"), *words)
+    shutil.copytree(imported, tmp_path / "diverged")
+    tensors = load_file(imported / "adapter_model.safetensors")
+    save_file({k: t * math.nan for k, t in tensors.items()},
+              tmp_path / "diverged" / "adapter_model.safetensors")  # fmt: skip
+    said = module("analysis.inspect", str(tmp_path / "diverged"), code=1)
+    assert "numbers that are not finite: the run diverged" in said.stderr
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "picture"])
