@@ -380,7 +380,7 @@ def test_dora_with_dropout_keeps_its_input_once() -> None:
 def test_dora_may_drop_on_the_low_rank_path_alone() -> None:
     """y = c (W0 x + s B A D x) + b, and gradients, against the same written out, 1e-10."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 12)).double().train()
+    model: Any = nn.Sequential(nn.Linear(16, 12)).double().train()
     form = {"name": "dora", "dropout_on": "low_rank"}
     adapter = variants.attach(model, "lora", rank=2, form=form, targets="0", dropout=0.4)
     assert adapter.choice.axes()["form"]["dropout_on"] == "low_rank"
