@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -28,18 +29,18 @@ def file_digest(path: Path) -> str | None:
         return None
 
 
-def digest_now(path: Path) -> str | None:
+def digest_now(path: str | Path) -> str | None:
     """`file_digest`, read again only where size or time of the file changed."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return None
     return _digest(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
-def _digest(path: Path, size: int, mtime_ns: int) -> str | None:
-    return file_digest(path)
+def _digest(path: str | Path, size: int, mtime_ns: int) -> str | None:
+    return file_digest(Path(path))
 
 
 def sources() -> dict[str, str]:

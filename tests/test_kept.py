@@ -1,4 +1,4 @@
-"""What autograd keeps of an adapted model, and the work of a step: exact figures, no timing."""
+"""What autograd keeps of an adapted model, and what a step costs: exact figures, no timing."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -9,13 +9,15 @@ import pytest
 import torch
 from models import seeded
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import variants
+from experiments.measure import measure
 
 IDS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
-LAYERS = 14
-CPU = torch.autograd.graph.save_on_cpu
 
 
 def llama(preset: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Any:
@@ -64,15 +66,13 @@ def test_gradients_are_the_same_to_the_bit(preset: str, dtype: torch.dtype) -> N
 def test_hooks_that_were_there_see_what_is_kept() -> None:
     """save_on_cpu around a step, activation checkpointing within and around it."""
     wanted = gradients(bare(llama()))
-    with CPU():
+    with save_on_cpu():
         assert all(map(torch.equal, gradients(llama()), wanted))
     model = llama()
     model.gradient_checkpointing_enable()
     assert all(map(torch.equal, gradients(model), wanted))
     model = llama()
-    within = torch.utils.checkpoint.checkpoint(
-        lambda ids: model(input_ids=ids).logits, IDS, use_reentrant=False
-    )
+    within = checkpoint(lambda ids: model(input_ids=ids).logits, IDS, use_reentrant=False)
     loss = F.cross_entropy(within[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     loss.backward()
     found = [t.grad for t in model.parameters() if t.requires_grad]
@@ -125,3 +125,56 @@ def test_second_derivatives() -> None:
         (g,) = torch.autograd.grad(change(net)(x).square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(g.square().sum(), adapter.parameters()))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are no views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def figures(model: Any) -> tuple[int, float, float]:
+    """Operations, bytes that autograd keeps and FLOPs of forward and backward."""
+
+    def step() -> None:
+        model(input_ids=IDS).logits.float().square().mean().backward()
+
+    step()  # what is computed once
+    with Calls() as calls:
+        step()
+    found = measure(step, model)
+    return calls.number, found["saved_bytes"], found["flops"]
+
+
+FREE = {"name": "dora", "dropout_on": "low_rank"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "dropout", "calls", "kept", "flops"),
+    [
+        (torch.float32, "lora", 0.0, 11.1, 0.875, 0.846),
+        (torch.float32, "lora", 0.1, 43.5, 0.875, 0.846),
+        (torch.float32, "dora", 0.0, 38.4, 1.292, 0.863),
+        (torch.float32, "dora", 0.1, 74.8, 1.535, 1.310),
+        (torch.float32, FREE, 0.1, 70.8, 1.292, 0.863),
+        (torch.bfloat16, "lora", 0.0, 18.6, 0.745, 0.846),
+        (torch.bfloat16, "dora", 0.0, 47.8, 1.069, 0.863),
+        (torch.bfloat16, "dora", 0.1, 84.1, 1.260, 1.311),
+    ],
+)
+def test_a_step_costs_no_more_than_it_did(
+    dtype: torch.dtype, form: Any, dropout: float, calls: float, kept: float, flops: float
+) -> None:
+    """Operations a layer beyond the frozen model's; bytes and FLOPs over those of the frozen model
+    whose embedding alone learns."""
+    frozen = seeded(models.llama).to(dtype).train().requires_grad_(False)
+    frozen.get_input_embeddings().weight.requires_grad_(True)
+    floor = figures(frozen)
+    found = figures(llama(form=form, dtype=dtype, dropout=dropout))
+    assert (found[0] - floor[0]) / 14 <= calls
+    assert found[1] / floor[1] <= kept
+    assert found[2] / floor[2] <= flops

@@ -377,6 +377,29 @@ def test_dora_with_dropout_keeps_its_input_once() -> None:
     assert sum(kept.values()) < 4.1 * x.nbytes
 
 
+def test_dora_may_drop_on_the_low_rank_path_alone() -> None:
+    """y = c (W0 x + s B A D x) + b, and gradients, against the same written out, 1e-10."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(16, 12)).double().train()
+    form = {"name": "dora", "dropout_on": "low_rank"}
+    adapter = variants.attach(model, "lora", rank=2, form=form, targets="0", dropout=0.4)
+    assert adapter.choice.axes()["form"]["dropout_on"] == "low_rank"
+    layer, x = adapter.layers["0"], torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    p = [nn.init.normal_(layer.params[k]) for k in "ABm"]
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    dropped, W = layer.dropout(x), layer.W0 + layer.s * p[1] @ p[0]
+    t = x @ layer.W0.mT + layer.s * dropped @ p[0].mT @ p[1].mT
+    wanted = t * (p[2] / W.detach().norm(dim=1)) + model[0].bias
+    torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-10)
+    up = torch.randn_like(y)
+    grads = [torch.autograd.grad(out, [x, *p], up) for out in (y, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+    with pytest.raises(variants.Incompatible, match="dropout_on=x; choices: change, low_rank"):
+        variants.choose("lora", form={"name": "dora", "dropout_on": "x"})
+
+
 def test_the_fingerprint_sees_every_column() -> None:
     W = torch.zeros(512, 512)
     other = W.clone()
