@@ -111,7 +111,8 @@ class Source:
         model.config.pad_token_id = tokenizer.pad_token_id
         if regression:
             model.config.problem_type = "regression"
-        return Loaded(model.eval(), tokenizer, fresh_head=fresh)
+        head = None if num_labels else output_head(model.eval())
+        return Loaded(model.eval(), tokenizer, fresh_head=fresh, output_head=head)
 
 
 @dataclass
@@ -121,42 +122,41 @@ class Loaded:
     model: Any  # an nn.Module of transformers
     tokenizer: Any
     fresh_head: bool
+    output_head: str | None = None  # the path of a causal model's, see `output_head`
 
     @property
     def heads(self) -> list[str]:
         """The top modules of a classifier's head: trained in full beside the adapter."""
         return [name for name, _ in self.model.named_children() if name in HEADS]
 
-    @cached_property
-    def output_head(self) -> str | None:
-        """The path of a causal model's output head, where the logits are what that gives and
-        nothing else; None where the model does something to them (a cap, a scale), as a trial
-        shows."""
-        head = self.model.get_output_embeddings()
-        paths = [path for path, module in self.model.named_modules() if module is head]
-        if not paths:
-            return None
-        ids, training = torch.zeros(1, 2, dtype=torch.int64), self.model.training
-        marks: list[torch.Tensor] = []
-
-        def mark(module: Any, args: Any, out: Any) -> torch.Tensor:
-            marks.append(torch.zeros(out.shape[:-1], device=out.device))
-            return marks[-1]
-
-        hook = head.register_forward_hook(mark)
-        try:
-            with torch.no_grad():
-                logits = self.model.eval()(input_ids=ids.to(self.model.device)).logits
-        finally:
-            hook.remove()
-            self.model.train(training)
-        plain = len(marks) == 1 and logits is marks[0] and logits.shape == ids.shape
-        return paths[0] if plain else None
-
     @property
     def positions(self) -> int:
         """The longest sequence that the model takes."""
         return getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+
+
+@torch.no_grad()
+def output_head(model: Any) -> str | None:
+    """The path of a causal model's output head, where the logits are what that gives and nothing
+    else; None where the model does something to them (a cap, a scale), as a trial shows."""
+    head = model.get_output_embeddings()
+    paths = [path for path, module in model.named_modules() if module is head]
+    marks: list[torch.Tensor] = []
+
+    def mark(module: Any, args: Any, out: Any) -> torch.Tensor:
+        marks.append(torch.zeros(out.shape[:-1], device=out.device))
+        return marks[-1]
+
+    if not paths:
+        return None
+    hook = head.register_forward_hook(mark)
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+        logits = model(input_ids=ids).logits
+    finally:
+        hook.remove()
+    plain = len(marks) == 1 and logits is marks[0] and logits.shape == ids.shape
+    return paths[0] if plain else None
 
 
 def _refuse_broken(folder: Path) -> None:

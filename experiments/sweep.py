@@ -21,6 +21,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from variants._registry import FACTORS
+
 from . import attempt
 from .attempt import STOP, one_line
 from .config import states_of
@@ -135,6 +137,8 @@ class Sweep:
     def _launch(self, jobs: list[Job]) -> str | None:
         """Puts these before the launcher; their lines, and how it failed if it did."""
         write_plan(self.plan, self.name, self.command, self.jobs)
+        with open_dict(self.config.hydra):
+            self.config.hydra.job.env_set[FACTORS] = str(largest_rank(self.jobs))
         for job in jobs:
             job.line, job.before = None, job.folder.changed_at
         try:
@@ -187,6 +191,15 @@ class Sweep:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
             self.stop.unlink(missing_ok=True)
+
+
+def largest_rank(jobs: Iterable[Job]) -> int:
+    """That is given to a run with an init of its own: what one factorization of a matrix serves."""
+    return max((job.config["rank"] or 0 for job in jobs if _init(job) != "default"), default=0)
+
+
+def _init(job: Job) -> str:
+    return job.config["variant"]["init"]["name"]
 
 
 def _named(words: Iterable[str]) -> str:

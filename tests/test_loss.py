@@ -11,14 +11,14 @@ from torch.nn import functional as F
 import variants
 from experiments import loss
 from experiments.loss import loss_of, plain_head, ranked, token_nats, training_loss
-from experiments.model import Loaded
+from experiments.model import Loaded, output_head
 from experiments.tasks._task import IGNORED
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def loaded(model: Any) -> Loaded:
-    return Loaded(model, None, fresh_head=False)
+    return Loaded(model, None, fresh_head=False, output_head=output_head(model))
 
 
 def batch(share: float, rows: int = 3, length: int = 12) -> dict[str, Tensor]:

@@ -52,26 +52,68 @@ def test_the_seed_alone_decides() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_factors_are_cached_and_a_damaged_file_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of factors, of matrices of any size."""
     monkeypatch.setenv("LORA_CACHE", str(tmp_path))
     monkeypatch.setattr(_svd, "CACHED_FROM", 1)
+    return tmp_path / "factors"
+
+
+def top(W: Tensor, r: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    return _svd.top(W, r, "krylov", torch.Generator().manual_seed(seed))
+
+
+def test_a_damaged_file_is_replaced(cache: Path) -> None:
     W, _ = matrix(300, 200, 0.5)
-    first = _svd.top(W, 4, "krylov", torch.Generator().manual_seed(1))
-    (file,) = (tmp_path / "factors").iterdir()
-    monkeypatch.setattr(_svd, "_compute", None)  # a second computation would fail
-    again = _svd.top(W, 4, "krylov", torch.Generator().manual_seed(1))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    monkeypatch.undo()
-    monkeypatch.setenv("LORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(_svd, "CACHED_FROM", 1)
+    first = top(W, 4)
+    (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    healed = _svd.top(W, 4, "krylov", torch.Generator().manual_seed(1))
+    healed = top(W, 4)
     assert all(torch.equal(a, b) for a, b in zip(first, healed, strict=True))
-    _svd.top(W, 5, "krylov", torch.Generator().manual_seed(1))
-    _svd.top(W + 1, 4, "krylov", torch.Generator().manual_seed(1))
-    assert len(list((tmp_path / "factors").iterdir())) == 3
+    assert list(cache.iterdir()) == [file]
+    top(W + 1, 4)
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("which", ["top", "last"])
+def test_a_sweep_over_ranks_and_seeds_factorizes_once(
+    which: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve runs, whose driver says how far their ranks go; each has its rank's own triplets."""
+    W, S = matrix(300, 200, 0.5)
+    made: list[int] = []
+    compute = _svd._compute
+    monkeypatch.setattr(_svd, "_compute", lambda M, r, *a: made.append(r) or compute(M, r, *a))
+    monkeypatch.setenv(_svd.FACTORS, "24")
+    for r in (2, 4, 8, 24):
+        for seed in range(3):
+            g = torch.Generator().manual_seed(seed)
+            U, found, Vh = _svd.sliced(W, r, which, "krylov", g)
+            wanted = S[:r] if which == "top" else S[-r:]
+            torch.testing.assert_close(found, wanted, rtol=2e-5, atol=0)
+            torch.testing.assert_close((U * found) @ Vh, U @ (U.mT @ W), rtol=0, atol=1e-5)
+    assert made == [32] and len(list(cache.iterdir())) == 1
+
+
+def test_a_rank_keeps_what_it_found(cache: Path) -> None:
+    """A larger rank's file comes beside: a run that is resumed after that has its numbers still."""
+    W, _ = matrix(300, 200, 0.5)
+    before = top(W, 4)
+    top(W, 20)
+    assert len(list(cache.iterdir())) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, top(W, 4, seed=5), strict=True))
+
+
+def test_a_sweep_s_largest_rank_is_that_of_runs_with_an_init() -> None:
+    from experiments.plan import Job
+    from experiments.sweep import largest_rank
+
+    jobs = [
+        Job([], {"rank": rank, "variant": {"init": {"name": init}}}, None)
+        for rank, init in ((4, "pissa"), (16, "pissa"), (64, "default"), (None, "olora"))
+    ]
+    assert largest_rank(jobs) == 16 and largest_rank(jobs[2:]) == 0
 
 
 def test_pissa_by_either_method_is_the_same_part_of_the_weight() -> None:

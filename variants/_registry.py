@@ -28,6 +28,7 @@ from typing import Any
 AXES = ("form", "init", "scale", "allocation", "update", "base")
 PACKAGE = Path(__file__).parent
 OUTSIDE = "LORA_VARIANTS"  # files in the environment, so that the processes of a sweep have them
+FACTORS = "LORA_FACTORS"  # in the environment of a sweep's runs: its largest rank (_svd.py)
 GROUP = "lora_variants"  # of entry points
 _ABSTRACT = {"form": ("shapes", "weight")}  # what a part must bring itself
 _KINDS = {"int": int, "float": float, "str": str}

@@ -27,13 +27,19 @@ Krylov's triplets are the exact ones on a flat spectrum too, and do not use up t
 >>> bool(torch.dist((U * S) @ Vh, (U1 * S1) @ Vh1) < 1e-2), torch.equal(g.get_state(), state)
 (True, True)
 
-Random triplets are different ones; what lies in the cache is of the rank that is asked for:
+Random triplets are different ones:
 
 >>> all(len(set(sliced(M, 4, "random", "exact", torch.Generator().manual_seed(i))[1].tolist())) == 4
 ...     for i in range(5))
 True
->>> _cache_file(M, 2, "top", "exact", g) == _cache_file(M, 3, "top", "exact", g)
-False
+
+The cache serves a rank from what was computed for a larger one, whatever the seed: 16 at first, a
+power of two, or the largest of a sweep (which its driver says in the environment, `FACTORS`), so
+that a sweep over ranks and seeds factorizes each matrix once. A rank keeps what it found at first:
+larger files come beside smaller ones.
+
+>>> [most(r, 4096, swept) for r, swept in ((4, 0), (16, 0), (17, 0), (4, 100), (5000, 0))]
+[16, 16, 32, 128, 4096]
 """
 
 import hashlib
@@ -43,13 +49,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._registry import Incompatible
+from ._registry import FACTORS, Incompatible
 
 OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
 RESIDUAL = 1e-5  # of the largest singular value
 CACHED_FROM = 2**20  # entries: below, computing is cheaper than the file
+AT_FIRST = 16  # triplets: fewer take hardly less time
 METHODS = ("exact", "krylov")
 SLICES = ("top", "last", "middle", "random")
+NESTED = ("top", "last")  # those of which a larger one holds every smaller one
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r] descending, Vh [r, n]
 
 
@@ -103,21 +111,22 @@ def sliced(
         raise Incompatible(f"method={method}: no such decomposition; choices: exact, krylov")
     if M.numel() < CACHED_FROM or not cached:
         return _compute(M, r, which, method, generator)
-    from safetensors.torch import load_file, save_file
+    nested = which in NESTED
+    rank = most(r, min(M.shape), int(os.environ.get(FACTORS, 0))) if nested else r
+    stem = _stem(M, which, method, 0 if nested else r, generator)
+    found = _read(stem, r, M.device)
+    if found is None:
+        found = _compute(M, rank, which, method, generator)
+        _write(stem.with_name(f"{stem.name}-{rank}.safetensors"), found)
+    U, S, Vh = found
+    part = slice(len(S) - r, None) if which == "last" else slice(r)
+    return U[:, part].contiguous(), S[part].clone(), Vh[part].contiguous()
 
-    path = _cache_file(M, r, which, method, generator)
-    if path.exists():
-        try:
-            found = load_file(path, device=str(M.device))
-            return found["U"], found["S"], found["Vh"]
-        except Exception:  # cut short or not ours: computed again below, and replaced
-            path.unlink(missing_ok=True)
-    U, S, Vh = _compute(M, r, which, method, generator)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({"U": U, "S": S, "Vh": Vh.contiguous()}, part)
-    os.replace(part, path)
-    return U, S, Vh
+
+def most(r: int, limit: int, swept: int) -> int:
+    """How many triplets are computed where r are asked for first, of a matrix that has `limit` and
+    in a sweep whose largest rank is `swept`."""
+    return min(limit, 1 << (max(r, swept, AT_FIRST) - 1).bit_length())
 
 
 def leading(M: Tensor, r: int) -> Triplets:
@@ -132,13 +141,15 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, s: float = 1.0) -> tuple[Tensor, 
 
 
 def _compute(M: Tensor, r: int, which: str, method: str, generator: torch.Generator) -> Triplets:
-    # from the seed, not from where the generator is: what is drawn after does not hang on the cache
-    own = torch.Generator().manual_seed(generator.initial_seed())
-    if which == "top":
+    if which == "top":  # of one seed, so that the seeds of a sweep share what is found
+        own = torch.Generator().manual_seed(0)
         return exact(M, r) if method == "exact" else krylov(M, r, own)
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     count = len(S)
     if which == "random":
+        # from the seed, not from where the generator is: what is drawn after does not hang on the
+        # cache
+        own = torch.Generator().manual_seed(generator.initial_seed())
         chosen = torch.randperm(count, generator=own)[:r].sort().values.to(M.device)
         return U[:, chosen], S[chosen], Vh[chosen]
     first = count - r if which == "last" else (count - r) // 2
@@ -146,13 +157,37 @@ def _compute(M: Tensor, r: int, which: str, method: str, generator: torch.Genera
     return U[:, cut].contiguous(), S[cut].clone(), Vh[cut].contiguous()
 
 
-def _cache_file(M: Tensor, r: int, which: str, method: str, generator: torch.Generator) -> Path:
-    """Named by all that the factors depend on: the content of M, rank, slice, method and seed."""
-    drawn = which == "random" or (which == "top" and method == "krylov")
-    seed = generator.initial_seed() if drawn else 0
-    rule = f"{which} {method if which == 'top' else 'exact'} "
+def _stem(M: Tensor, which: str, method: str, r: int, generator: torch.Generator) -> Path:
+    """Where factors lie, less how many: named by all else that they depend on, the content of M,
+    slice, method, and where it matters rank and seed."""
+    seed = generator.initial_seed() if which == "random" else 0
+    rule = f"{which} {method if which == 'top' else 'exact'} {r} "
     rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL}"
-    digest = hashlib.sha256(f"{tuple(M.shape)} {M.dtype} {r} {rule} {seed}".encode())
+    digest = hashlib.sha256(f"{tuple(M.shape)} {M.dtype} {rule} {seed}".encode())
     digest.update(M.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
-    return Path(root) / "factors" / f"{digest.hexdigest()}.safetensors"
+    return Path(root) / "factors" / digest.hexdigest()
+
+
+def _read(stem: Path, r: int, device: torch.device) -> Triplets | None:
+    """From the smallest file there that has r triplets."""
+    from safetensors.torch import load_file
+
+    files = {int(file.stem.rpartition("-")[2]): file
+             for file in stem.parent.glob(f"{stem.name}-*.safetensors")}  # fmt: skip
+    for count in sorted(count for count in files if count >= r):
+        try:
+            found = load_file(files[count], device=str(device))
+            return found["U"], found["S"], found["Vh"]
+        except Exception:  # cut short or not ours: computed again, and replaced
+            files[count].unlink(missing_ok=True)
+    return None
+
+
+def _write(path: Path, found: Triplets) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({k: t.contiguous() for k, t in zip(("U", "S", "Vh"), found, strict=True)}, part)
+    os.replace(part, path)
