@@ -114,7 +114,9 @@ class Folder:
         """The files on which the run, or its failure, depends and that differ now."""
         env = read_json(self.path / "env.json") or {}
         used = self.status.get("sources") or env.get("sources") or {}
-        return [name for name, digest in used.items() if digest_now(os.path.join(ROOT, name)) != digest]
+        return [
+            name for name, digest in used.items() if digest_now(os.path.join(ROOT, name)) != digest
+        ]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[bool]:
