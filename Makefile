@@ -26,4 +26,4 @@ readme:  # the README's table of variants, from the registry
 	$(PYTHON) -m variants --markdown README.md
 
 constraints:  # one file for CPU and CUDA machines: docs/adr/0003
-	uv pip compile --universal --python-version 3.11 --extra quant --extra report --extra joblib --extra slurm --extra ray --extra dev pyproject.toml -o constraints.txt
+	uv pip compile --universal --python-version 3.11 --extra quant --extra report --extra joblib --extra slurm --extra ray --extra digits --extra notebooks --extra dev pyproject.toml -o constraints.txt
