@@ -1,5 +1,6 @@
 """Examples as tensors: padding, and an order of training data that needs no state."""
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -59,6 +60,26 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> d
     else:
         labels = torch.tensor([e.item.label for e in examples], dtype=torch.float32)
     return {"ids": ids.to(device), "mask": mask.to(device), "labels": labels.to(device)}
+
+
+def calls(
+    examples: Sequence[Example],
+    size: int,
+    seed: int,
+    pad_id: int,
+    device: torch.device,
+    classes: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Batch after batch of the training data, without an end, as `model(**batch)` takes them.
+
+    `classes`: labels as whole numbers, since the model's own loss takes others for a regression.
+    """
+    for step in itertools.count():
+        batch = collate(
+            [examples[i] for i in order(len(examples), size, step, seed)], pad_id, device
+        )
+        labels = batch["labels"].long() if classes else batch["labels"]
+        yield {"input_ids": batch["ids"], "attention_mask": batch["mask"], "labels": labels}
 
 
 def by_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:

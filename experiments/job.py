@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -527,6 +526,8 @@ class Run:
 
     def _attach(self, train: list[Example]) -> Adapter:
         settings, choice = self.settings, self.prepared.choice
+        size: int = settings.train.batch_size  # type: ignore[assignment]
+        pad_id = self.loaded.tokenizer.pad_token_id
         if needs(choice):
             self.screen.say(f"measuring the {' and the '.join(needs(choice))} of each layer")
         heads = self.loaded.heads if settings.task.scoring == "classify" else []
@@ -537,7 +538,9 @@ class Run:
             targets=settings.targets,
             dropout=settings.dropout,
             seed=settings.seed,
-            calibration=self._calibration(train),
+            calibration=batches.calls(
+                train, size, settings.seed, pad_id, self.home, settings.task.num_labels > 1
+            ),
             modules_to_save=tuple(heads),
             notes=choice.notes,
         )
@@ -548,18 +551,6 @@ class Run:
             f"matrices; lr {self.prepared.lr:.3g} ({self.prepared.lr_origin})"
         )
         return adapter
-
-    def _calibration(self, train: list[Example]) -> Iterator[dict[str, Any]]:
-        """Training batches as the model takes them, in an order of their own; as many as asked."""
-        size: int = self.settings.train.batch_size  # type: ignore[assignment]
-        pad_id = self.loaded.tokenizer.pad_token_id
-        for step in itertools.count():
-            chosen = batches.order(len(train), size, step, self.settings.seed)
-            batch = batches.collate([train[i] for i in chosen], pad_id, self.home)
-            labels = batch["labels"]
-            if self.settings.task.scoring == "classify" and self.settings.task.num_labels > 1:
-                labels = labels.long()  # the model's own loss takes numbers for a regression
-            yield {"input_ids": batch["ids"], "attention_mask": batch["mask"], "labels": labels}
 
     def _tuned(
         self, scored: list[Example], base: Mapping[str, Any], adapter: Adapter
