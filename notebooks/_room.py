@@ -48,13 +48,16 @@ def read(source: Path) -> Any:
 def execute(source: Path, folder: Path) -> tuple[Any, float]:
     """The executed notebook, and its seconds; what it wrote lies in `folder`.
 
-    QUICK is 1 unless it is set. Raises nbclient's CellExecutionError at the first cell that fails.
+    QUICK is 1 and OMP_NUM_THREADS 1 unless they are set: the products are small, and one thread
+    gives the same digits on every machine. Raises nbclient's CellExecutionError at the first cell
+    that fails.
     """
     from nbclient import NotebookClient
 
     notebook = read(source)
     told = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "QUICK": os.environ.get("QUICK", "1"), "WANDB_MODE": "disabled"}  # fmt: skip
+            "QUICK": os.environ.get("QUICK", "1"), "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # fmt: skip
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
