@@ -1,7 +1,7 @@
 # What .ci/run and a person run alike.
 PYTHON ?= python
 
-.PHONY: check format lint types test slow readme constraints
+.PHONY: check format lint types test slow readme notebooks notebooks-test claims constraints
 
 check: lint types test
 
@@ -25,5 +25,14 @@ slow:
 readme:  # the README's table of variants, from the registry
 	$(PYTHON) -m variants --markdown README.md
 
+notebooks:  # executes the sources and keeps the outputs beside them
+	$(PYTHON) -m notebooks
+
+notebooks-test:  # executes them and keeps nothing; a table with times
+	$(PYTHON) -m pytest -m notebooks -n 0 tests/test_notebooks.py
+
+claims:  # the ledger, from the notebooks' results and conf/experiment
+	$(PYTHON) -m notebooks --claims > docs/claims.md
+
 constraints:  # one file for CPU and CUDA machines: docs/adr/0003
-	uv pip compile --universal --python-version 3.11 --extra quant --extra report --extra joblib --extra slurm --extra ray --extra dev pyproject.toml -o constraints.txt
+	uv pip compile --universal --python-version 3.11 --extra quant --extra report --extra joblib --extra slurm --extra ray --extra digits --extra notebooks --extra dev pyproject.toml -o constraints.txt

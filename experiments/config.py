@@ -125,7 +125,20 @@ class Config:
     seed: int = 0
 
 
-MODELS = {"tiny": Tiny, "hf": HF, "config": Config}
+@dataclass
+class MLP:
+    """Two linear layers on an image's principal components, pretrained on odd digits (mlp.py)."""
+
+    kind: str = "mlp"
+    dtype: str = "fp32"
+    path: str | None = "${oc.select:task.path,null}"  # images as task=digits reads them
+    components: int = 8
+    hidden: int = 128
+    steps: int = 200  # of pretraining
+    seed: int = 0
+
+
+MODELS = {"tiny": Tiny, "hf": HF, "config": Config, "mlp": MLP}
 
 
 @dataclass
@@ -249,6 +262,8 @@ def more_keys() -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("${"):  # the key that it is taken from
+        return re.sub(r"\$\{(?:oc\.select:)?([\w.]+).*", r"\1", value)
     text = json.dumps(value)
     return text if len(text) < 24 else f"{text[:20]}..."
 
@@ -408,6 +423,9 @@ def _check_numbers(settings: Settings) -> None:
     }
     if isinstance(settings.model, Config):
         sizes = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "vocab_size")
+        positive |= {f"model.{key}": getattr(settings.model, key) for key in sizes}
+    if isinstance(settings.model, MLP):
+        sizes = ("components", "hidden", "steps")
         positive |= {f"model.{key}": getattr(settings.model, key) for key in sizes}
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:

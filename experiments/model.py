@@ -17,7 +17,7 @@ import torch
 from variants._targets import HEADS
 
 from .coded import is_coded, load_coded
-from .config import HF, Config, Tiny
+from .config import HF, MLP, Config, Tiny
 from .network import online
 from .tasks import BadInput
 
@@ -31,7 +31,7 @@ WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
 class Source:
     """A model that is not loaded yet."""
 
-    node: Tiny | HF | Config
+    node: Tiny | HF | Config | MLP
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class Source:
     @cached_property
     def folder(self) -> Path | None:
         """Where its files lie; None: it is built from sizes."""
-        if isinstance(self.node, Config):
+        if isinstance(self.node, Config | MLP):
             return None
         if isinstance(self.node, Tiny):
             return TINY
@@ -58,6 +58,10 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """A hash of weights, configuration and tokenizer, or of the sizes and the seed."""
+        if isinstance(self.node, MLP):
+            from .mlp import digest as of_data
+
+            return of_data(self.node)
         if self.folder is None:
             return hashlib.sha256(json.dumps(vars(self.node), sort_keys=True).encode()).hexdigest()
         digest = hashlib.sha256()
@@ -73,6 +77,8 @@ class Source:
         """The hidden size, or None where the model has no such number."""
         if isinstance(self.node, Config):
             return self.node.hidden_size
+        if isinstance(self.node, MLP):
+            return self.node.hidden
         settings = json.loads((self.folder / "config.json").read_text())  # type: ignore[operator]
         settings |= settings.get("text_config") or {}
         return next((settings[k] for k in WIDTH_KEYS if isinstance(settings.get(k), int)), None)
@@ -81,6 +87,11 @@ class Source:
         """The model without weights, for counting."""
         import transformers
 
+        if isinstance(self.node, MLP):
+            from .mlp import Mlp, sized
+
+            with torch.device("meta"):
+                return Mlp(sized(self.node))
         if isinstance(self.node, Config):
             settings: Any = _sizes(self.node, _tokenizer(self.node.tokenizer), num_labels)
         else:
@@ -99,6 +110,8 @@ class Source:
 
         A head that the files lack is drawn from torch's global generator.
         """
+        if isinstance(self.node, MLP):
+            return _images(self.node, num_labels)
         if isinstance(self.node, Config):
             model, tokenizer = _build(self.node, num_labels)
             fresh = bool(num_labels)
@@ -157,6 +170,17 @@ def output_head(model: Any) -> str | None:
         hook.remove()
     plain = len(marks) == 1 and logits is marks[0] and logits.shape == ids.shape
     return paths[0] if plain else None
+
+
+def _images(node: MLP, num_labels: int) -> "Loaded":
+    from .mlp import pretrained
+    from .tasks.digits import CLASSES, Pixels
+
+    if num_labels != len(CLASSES):
+        raise BadInput("model=mlp: tells digits apart and nothing else; its task is task=digits")
+    model: Any = pretrained(node)
+    model.to(DTYPES[node.dtype])
+    return Loaded(model.eval(), Pixels(), fresh_head=False)
 
 
 def _refuse_broken(folder: Path) -> None:

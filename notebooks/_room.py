@@ -1,0 +1,106 @@
+"""From a source in percent format to an executed notebook beside it.
+
+A notebook runs with a fresh folder as its working directory, so that it writes runs/ and
+results/ by relative paths, which are the same on every machine.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+TIMEOUT = 3600  # seconds for one cell
+
+
+def sources(names: Iterable[str] = ()) -> list[Path]:
+    """The notebooks' sources, all or those named; a name that does not exist is an error."""
+    found = {file.stem: file for file in sorted(HERE.glob("[0-9]*.py"))}
+    names = [name.removesuffix(".py").removesuffix(".ipynb") for name in names] or list(found)
+    for name in names:
+        if name not in found:
+            raise LookupError(f"{name}: no such notebook; choices: {', '.join(found)}")
+    return [found[name] for name in names]
+
+
+def read(source: Path) -> Any:
+    """The notebook of a source, without outputs; the same bytes from the same source."""
+    notebook = jupytext.reads(source.read_text(), fmt="py:percent")
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"  # else drawn at random
+    notebook.metadata = nbformat.NotebookNode(
+        kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"},
+        language_info={"name": "python"},
+    )
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def execute(source: Path, folder: Path) -> tuple[Any, float]:
+    """The executed notebook, and its seconds; what it wrote lies in `folder`.
+
+    QUICK is 1 and OMP_NUM_THREADS 1 unless they are set: the products are small, and one thread
+    gives the same digits on every machine. Raises nbclient's CellExecutionError at the first cell
+    that fails.
+    """
+    from nbclient import NotebookClient
+
+    notebook = read(source)
+    told = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "QUICK": os.environ.get("QUICK", "1"), "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # fmt: skip
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    began = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):  # of the client's own threads
+        client.execute(env={**os.environ, **told})
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version
+    return notebook, time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[Path]:
+    """A folder for one execution, gone after it."""
+    with tempfile.TemporaryDirectory(prefix="notebook-") as name:
+        yield Path(name)
+
+
+def made(source: Path) -> float:
+    """Executes a source; keeps the notebook beside it and its rows of the ledger; its seconds."""
+    with fresh() as folder:
+        notebook, seconds = execute(source, folder)
+        for file in sorted((folder / "results").glob("*.json")):
+            shutil.copy(file, HERE / "results" / file.name)
+    part = source.with_suffix(".part")
+    part.write_text(nbformat.writes(notebook) + "\n")
+    part.replace(source.with_suffix(".ipynb"))
+    return seconds
+
+
+def out_of_step(source: Path) -> str | None:
+    """Why the notebook is not that of its source; None: it is."""
+    beside = source.with_suffix(".ipynb")
+    if not beside.is_file():
+        return f"{beside.name}: not there"
+    kept: Any = nbformat.read(beside, as_version=4)
+    for old, new in zip(kept.cells, read(source).cells):
+        if (old.cell_type, old.source) != (new.cell_type, new.source):
+            return f"{beside.name}: differs from {source.name} in {old.id}"
+    if len(kept.cells) != len(read(source).cells):
+        return f"{beside.name}: has not the cells of {source.name}"
+    return None
