@@ -5,8 +5,8 @@
     python -m analysis.compare --wandb ENTITY/PROJECT --out DIR
 
 Writes DIR/index.html (one file, no network), report.json, tables/ (tex, md, csv) and figures/ (svg,
-png); prints the verdicts. How they come about: docs/compare.md; how often they are
-wrong: `python -m analysis.calibration`.
+png); tables/runs.csv has the runs themselves, which --csv reads again. Prints the verdicts. How
+they come about: docs/compare.md; how often they are wrong: `python -m analysis.calibration`.
 """
 
 import argparse
@@ -312,7 +312,9 @@ def _main(given: argparse.Namespace, defaults: Any) -> int:
         )
     report, _ = compare(table, rules, unfinished, study)
     show(report)
-    print(write(report, Path(given.out)))
+    page = write(report, Path(given.out))
+    load.saved(table, page.parent / "tables" / "runs.csv")
+    print(page)
     return 0
 
 

@@ -21,6 +21,11 @@ Table = Any  # a pandas.DataFrame, of which its own types say too little
 LOWER = ("loss", "perplexity", "bits_per_byte", "mse")  # metrics of which less is better
 NEEDED = ("variant", "lr", "seed", "task", "score")
 OPTIONAL = ("rank", "model", "batch_size", "items")
+# What `saved` writes of each run.
+SAVED = ("variant", "rank", "lr", "seed", "task", "model", "split", "metric", "score", "base",
+         "loss", "forgetting", "trained", "targets", "steps", "batch_size", "tokens", "peak_bytes",
+         "peak_of", "train_s", "init_s", "model_hash", "data_hash", "code")  # fmt: skip
+SPLITS = ("validation", "test")
 
 
 class Unreadable(ValueError):
@@ -223,7 +228,9 @@ def csv(path: str | Path) -> Table:
     """A table with columns variant, lr, seed, task, score; a score that is no finite number is a
     divergence, which `unsaid` marks unless the cell says so: `diverged`.
 
-    Optional: rank, model, batch_size, and `items`: a file of that run's scores, one item a line.
+    Optional: rank, model, batch_size, and `items`: a file of that run's scores, one item a line;
+    split (validation or test; all are test without it), and with it loss, base and metric, as
+    `saved` writes them.
     """
     file = Path(path).expanduser()
     try:
@@ -253,14 +260,16 @@ def csv(path: str | Path) -> Table:
     _refused(path, table, "rank", odd["rank"] | (table["rank"].notna() & (table["rank"] % 1 != 0)),
              "not a whole number")  # fmt: skip
     finite = table["score"].map(math.isfinite)
+    if "split" in table:
+        _refused(path, table, "split", ~table["split"].isin(SPLITS), "validation or test")
     table = table.assign(
         status=["done" if ok else "diverged" for ok in finite],
         seed=table["seed"].astype(int),
         unsaid=~finite & ~ends,
         score=table["score"].where(finite),
         source=[f"{file}:{i + 2}" for i in table.index],
-        split="test",
-        metric="score",
+        split=table.get("split", "test"),
+        metric=table.get("metric", "score"),
     )
     for name in ("model", "batch_size"):
         if name not in table:
@@ -269,6 +278,14 @@ def csv(path: str | Path) -> Table:
     keys = keys.where(keys.notna(), None)
     table["setting"] = [_digest(row) for row in keys.itertuples(index=False)]
     return table
+
+
+def saved(table: Table, path: Path) -> None:
+    """Writes runs as the table that `csv` reads: the same verdicts, without what lies in the run
+    folders (items, histories)."""
+    kept = table[[name for name in SAVED if name in table]]
+    score = kept["score"].astype(object).where(table["status"] == "done", "diverged")
+    kept.assign(score=score).to_csv(path, index=False)
 
 
 def _numbers(table: Table, name: str) -> Any:

@@ -57,6 +57,7 @@ def execute(source: Path, folder: Path) -> tuple[Any, float]:
     notebook = read(source)
     told = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "QUICK": os.environ.get("QUICK", "1"), "WANDB_MODE": "disabled",
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, where there are no widgets
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # fmt: skip
     client = NotebookClient(
         notebook,

@@ -8,7 +8,8 @@ A notebook collects its rows and keeps them:
     claims.keep("01_lora")          # results/01_lora.json, and a table under the cell
 
 What was not run stands in conf/experiment/NAME.yaml, in comments `# paper:`, `# claim:`,
-`# published:` and `# needs:`; `page` joins both.
+`# published:` and `# needs:`. Published numbers of trained parameters are computed here, from
+analysis/published/counts.csv. `page` joins the three.
 """
 
 import json
@@ -81,17 +82,46 @@ def waiting(folder: Path = EXPERIMENTS) -> list[dict[str, str]]:
     return found
 
 
+def closed() -> list[dict[str, str]]:
+    """Published counts of trained parameters, each computed from its model's shapes."""
+    from analysis.counts import counted, fits, published
+
+    found = []
+    for row in published():
+        if not row.printed:
+            continue
+        number, value = counted(row)
+        given = [row.variant, f"r = {row.rank}" if row.rank else "", row.settings]
+        where = f"on {row.targets}" if row.targets else ""
+        what = "directions kept of" if row.of == "budget" else "trained:"
+        share = f" ({100 * value:.4f}%)" if row.printed.endswith("%") else ""
+        values = (
+            row.paper,
+            " ".join(filter(None, [f"{row.model}, {what}", *given, where])),
+            row.printed + (f" ({row.table})" if row.table else ""),
+            f"{number:,}{share}",
+            VERDICTS[fits(row.printed, value)],
+            "closed form" + (f"; {row.off}" if row.off else ""),
+        )
+        found.append(dict(zip(KEYS, values, strict=True)) | {"where": "analysis.params"})
+    return found
+
+
 def page() -> str:
     """docs/claims.md."""
-    rows: list[dict[str, Any]] = [*kept(), *waiting()]
+    counted = "closed form: python -m analysis.params"  # a notebook's rows that `closed` has too
+    own = [row for row in kept() if not row["how"].startswith(counted)]
+    rows: list[dict[str, Any]] = [*own, *closed(), *waiting()]
     counts = {v: sum(row["verdict"] == v for row in rows) for v in VERDICTS.values()}
     lines = [
         "# Claims",
         "",
-        "Made by `make claims` from notebooks/results (written by the notebooks) and the head of "
-        "each file of conf/experiment (claims that were not run, with what they need). Found is "
+        "Made by `make claims` from notebooks/results (written by the notebooks), the head of each "
+        "file of conf/experiment (claims that were not run, with what they need) and "
+        "analysis/published/counts.csv (numbers of trained parameters, each counted anew as "
+        "`python -m analysis.params --model M --variant V --rank R --targets T` does). Found is "
         "what the notebook printed on its small model; a claim that does not hold there may hold "
-        "on the paper's.",
+        "on the paper's. A print holds that is the number, rounded or cut.",
         "",
         ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".",
     ]

@@ -382,6 +382,29 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
 
 
+def test_the_runs_of_a_report_are_a_csv_that_says_the_same(tmp_path: Path) -> None:
+    """But for what predictions tell; a split that is none is refused."""
+    for k, name in enumerate(("lora", "dora")):
+        for lr, loss in ((1e-4, 1.2), (1e-3, 1.0), (1e-2, 1.5)):
+            made_run(tmp_path / f"{name}-{lr}", variant=name, lr=lr, loss=loss)
+        for seed in range(10, 18):
+            made_run(tmp_path / f"{name}-{seed}", variant=name, seed=seed, split="test",
+                     score=0.5 + 0.2 * k + seed / 1000)  # fmt: skip
+        made_run(tmp_path / f"{name}-far", variant=name, lr=1e-1, status="diverged",
+                 score=None, loss=None)  # fmt: skip
+    runs, file = load.runs([tmp_path])[0], tmp_path / "runs.csv"
+    load.saved(runs, file)
+    one, two = (compare(t, Rules("lora"))[0] for t in (runs, load.csv(file)))
+    (row,), (again,) = one["verdicts"], two["verdicts"]
+    items = ("item_wins", "mcnemar", "low", "high", "bootstrap_low", "bootstrap_high")
+    assert {k: v for k, v in row.items() if k not in items and again[k] != v} == {}
+    assert (row["verdict"], row["selection"], row["n"]) == ("better", "confirmed", 8)
+    assert one["winners"] == two["winners"] and one["regret"] == two["regret"]
+    file.write_text(file.read_text().replace(",test,", ",dev,"))
+    with pytest.raises(load.Unreadable, match="split=dev: validation or test"):
+        load.csv(file)
+
+
 def test_naive_is_the_best_mean_score_of_all_rates(tmp_path: Path) -> None:
     """At a rate that the loss does not choose; a rate with a diverged run is none."""
     tried = {1e-4: (1.2, 0.95), 1e-3: (1.0, 0.9), 1e-2: (1.5, 0.2)}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 import transformers
 
 import variants
-from analysis.params import SHAPES, count, main, meta_model
+from analysis.counts import Published, counted, fits, model_of, published
+from analysis.params import SHAPES, count, main
 from variants._adapter import choose, needs, plan
 from variants._contract import by_formula
 from variants._registry import find_preset, overrides
@@ -20,139 +20,16 @@ from variants._registry import find_preset, overrides
 LINEAR5 = "q_proj,k_proj,v_proj,up_proj,down_proj"
 SIX = "q,k,v,o,up,down"
 ALL = "all-linear"
-model_of = cache(meta_model)  # counting leaves it as it is
 
-# A row: model, variant, rank, targets, settings, trained numbers, what the paper prints, and a
-# word where the print is not the number. Prints without one are the number, cut or rounded.
-LORA = [  # arXiv:2106.09685, Tables 2 to 5
-    ("roberta-base", "lora", 8, "q,v", "", 294_912, "0.3M", ""),
-    ("roberta-large", "lora", 8, "q,v", "", 786_432, "0.8M", ""),
-    ("gpt2-medium", "lora", 4, "q,v", "", 393_216, "0.35M", "off, microsoft/LoRA#172"),
-    ("gpt2-large", "lora", 4, "q,v", "", 737_280, "0.77M", "off, likewise"),
-    ("gpt3-175b", "lora", 1, "q,v", "", 4_718_592, "4.7M", ""),
-    ("gpt3-175b", "lora", 2, "v", "", 4_718_592, "4.7M", ""),
-    ("gpt3-175b", "lora", 8, "q,v", "", 37_748_736, "37.7M", ""),
-    ("gpt3-175b", "lora", 8, "q", "", 18_874_368, "18M", ""),
-    ("gpt3-175b", "lora", 2, "q,k,v,o", "", 18_874_368, "18M", ""),
-]
-DYLORA = [("gpt2-medium", "dylora", 4, "q,v", "", 393_216, "0.39M", "")]  # VeRA's Table 3
-ADALORA = [  # arXiv:2303.10512, Table 1; its own rows depend on the final allocation
-    ("deberta-v3-base", "lora", 1, SIX, "", 165_888, "0.17M", ""),
-    ("deberta-v3-base", "lora", 2, SIX, "", 331_776, "0.33M", ""),
-    ("deberta-v3-base", "lora", 4, SIX, "", 663_552, "0.66M", ""),
-    ("deberta-v3-base", "lora", 8, SIX, "", 1_327_104, "1.33M", ""),
-    ("deberta-v3-base", "adalora", 12, SIX, "", 1_991_520, "", "as stored at the initial rank"),
-]
-PISSA = [  # arXiv:2404.02948, Table 2
-    ("llama2-7b", "lora", 128, ALL, "", 319_815_680, "320M", ""),
-    ("llama2-7b", "pissa", 128, ALL, "", 319_815_680, "320M", ""),
-    ("mistral-7b", "pissa", 64, ALL, "", 167_772_160, "168M", ""),
-    ("gemma-7b", "pissa", 64, ALL, "", 200_015_872, "200M", ""),
-]
-VERA = [  # arXiv:2310.11454, Tables 2 to 4
-    ("roberta-base", "vera", 1024, "q,v", "", 43_008, "0.043M", ""),
-    ("roberta-large", "vera", 256, "q,v", "", 61_440, "0.061M", ""),
-    ("gpt2-medium", "vera", 1024, "q,v", "", 98_304, "0.098M", ""),
-    ("gpt2-large", "vera", 1024, "q,v", "", 165_888, "0.17M", ""),
-    ("llama2-7b", "lora", 64, ALL, "", 159_907_840, "159.9M", ""),
-    ("llama-13b", "lora", 64, ALL, "", 250_347_520, "250.3M", ""),
-    ("llama2-7b", "vera", 1024, ALL, "", 1_589_248, "1.6M", ""),
-    ("llama-13b", "vera", 1024, ALL, "", 2_416_640, "2.4M", ""),
-]
-FOURIERFT = [  # arXiv:2405.03003, Tables 1 to 4
-    ("roberta-base", "fourierft", 1000, "q,v", "", 24_000, "0.024M", ""),
-    ("roberta-base", "fourierft", 200, "q,v", "", 4_800, "4.8K", ""),
-    ("roberta-large", "fourierft", 1000, "q,v", "", 48_000, "0.048M", ""),
-    ("gpt2-medium", "fourierft", 1000, "q,v", "", 48_000, "0.048M", ""),
-    ("gpt2-large", "fourierft", 1000, "q,v", "", 72_000, "0.072M", ""),
-    ("llama2-7b", "fourierft", 1000, "q,v", "", 64_000, "0.064M", ""),
-    ("llama-13b", "fourierft", 1000, "q,v", "", 80_000, "0.08M", ""),
-    ("llama2-7b", "lora", 64, "q,v", "", 33_554_432, "33.5M", ""),
-    ("llama-13b", "lora", 64, "q,v", "", 52_428_800, "52.4M", ""),
-]
-LORA_XS = [  # arXiv:2405.17604; Gemma in VB-LoRA's Table 4
-    ("roberta-large", "lora_xs", 4, "q,v,o,up", "", 1_536, "1.5K", ""),
-    ("roberta-large", "lora_xs", 25, "q,v,o,up", "", 60_000, "60K", ""),
-    ("mistral-7b", "lora_xs", 64, ALL, "", 917_504, "0.92M", ""),
-    ("gemma-7b", "lora_xs", 64, ALL, "", 802_816, "0.80M", ""),
-]
-C3A = [  # arXiv:2407.19342, Table 2, with what it prints for others
-    ("roberta-base", "c3a", None, "q,v", "form.block_size=768", 18_432, "0.018M", ""),
-    ("roberta-base", "c3a", None, "q,v", "form.block_size=128", 110_592, "0.111M", ""),
-    ("roberta-large", "c3a", None, "q,v", "form.block_size=1024", 49_152, "0.049M", ""),
-    ("roberta-large", "c3a", None, "q,v", "form.block_size=128", 393_216, "0.393M", ""),
-    ("roberta-base", "bitfit", None, "norms,q,k,v,o,up,down", "", 102_144, "0.102M", ""),
-    ("roberta-large", "bitfit", None, "norms,q,k,v,o,up,down", "", 271_360, "0.271M", ""),
-    ("roberta-base", "boft", 8, "q,v", "", 147_456, "0.166M", "biases too: 18,432 more"),
-    ("roberta-large", "boft", 8, "q,v", "", 393_216, "0.442M", "biases too: 49,152 more"),
-]
-BOFT = [  # arXiv:2311.06243, Table 1, and HRA's, arXiv:2405.17484, Tables 2 and 7
-    ("deberta-v3-base", "boft", 8, SIX, "", 663_552, "0.75M", "biases too: 82,944 more"),
-    ("deberta-v3-base", "oft", 16, SIX, "", 622_080, "0.79M", "gains and biases: 165,888 more"),
-    ("deberta-v3-base", "hra", 8, SIX, "", 663_552, "0.66M", ""),
-]
-IA3 = [  # arXiv:2205.05638, Table 2 of its appendix, T0-3B
-    ("t0-3b", "ia3", None, None, "", 540_672, "540K", ""),
-    ("t0-3b", "ln_tuning", None, None, "", 249_856, "250K", ""),
-    ("t0-3b", "lora", 4, ALL, "", 8_847_360, "9.1M", "gains of the norms too: 249,856 more"),
-]
-MISS = [  # arXiv:2409.15371, Tables 4 and 7
-    ("llama2-7b", "miss", 16, ALL, "", 21_757_952, "21.7M", ""),
-    ("llama2-7b", "miss", 64, ALL, "", 87_031_808, "87.0M", ""),
-    ("mistral-7b", "miss", 64, ALL, "", 88_080_384, "87.0M", "off: Llama's, printed twice"),
-    ("llama2-7b", "dora", 36, ALL, "", 91_308_032, "91.3M", ""),
-    ("mistral-7b", "dora", 36, ALL, "", 95_748_096, "95.8M", "off by a rounding"),
-]
-DELORA = [  # arXiv:2503.18225, Table 5, Llama-2-7B
-    ("llama2-7b", "delora", 8, "q,v", "", 4_194_368, "4.19M", ""),
-    ("llama2-7b", "lora", 8, "q,v", "", 4_194_304, "4.19M", ""),
-    ("llama2-7b", "dora", 8, "q,v", "", 4_456_448, "4.19M", "off: LoRA's, without magnitudes"),
-]
-TABLE = [*LORA, *DYLORA, *ADALORA, *PISSA, *VERA, *FOURIERFT, *LORA_XS, *C3A, *BOFT, *IA3, *MISS,
-         *DELORA]  # fmt: skip
-# Shares of base and adapter, in percent.
-SHARES = [
-    ("llama-7b", "lora", 32, LINEAR5, "", 56_098_816, "0.83", ""),  # DoRA, arXiv:2402.09353
-    ("llama-7b", "dora", 32, LINEAR5, "", 56_975_360, "0.84", ""),
-    ("llama2-7b", "dora", 16, LINEAR5, "", 28_925_952, "0.43", ""),
-    ("llama-13b", "lora", 32, LINEAR5, "", 87_818_240, "0.67", ""),
-    ("llama-13b", "dora", 32, LINEAR5, "", 89_190_400, "0.68", ""),
-    ("llama3-8b", "lora", 32, LINEAR5, "", 56_623_104, "0.70", ""),
-    ("llama3-8b", "dora", 32, LINEAR5, "", 57_409_536, "0.71", ""),
-    ("llama3-8b", "dora", 16, LINEAR5, "", 29_097_984, "0.35", "off: 0.361"),
-    ("llama-7b", "lora", 64, ALL, "", 159_907_840, "2.31", ""),
-    ("llama-7b", "dora", 64, ALL, "", 161_267_712, "2.33", ""),
-    ("llama-7b", "vera", 1024, ALL, "", 1_589_248, "0.02", ""),
-    ("llama-7b", "dvora", 1024, ALL, "", 2_949_120, "0.04", ""),
-    ("llama-7b", "road", None, ALL, "", 1_359_872, "0.02", ""),  # RoAd, arXiv:2409.00119
-    ("llama-7b", "road", None, ALL, "form.variant=2", 2_719_744, "0.04", ""),
-    ("llama-7b", "road", None, ALL, "form.variant=4", 5_439_488, "0.08", ""),
-    ("llama-13b", "road", None, ALL, "form.variant=2", 4_259_840, "0.03", ""),
-    ("llama2-7b", "hra", 32, "q,v", "", 8_388_608, "0.12", ""),  # HRA, Table 7
-    ("llama2-7b", "lora", 32, "q,v", "", 16_777_216, "0.25", ""),
-]
+TABLE = published()
 
 
-def fits(printed: str, value: float) -> bool:
-    """The print is the number, rounded or cut to its digits.
-
-    >>> fits("0.02", 0.0236), fits("18M", 18.9e6), fits("0.35M", 393_216), fits("4.8K", 4_800)
-    (True, True, False, True)
-    """
-    unit = {"M": 1e6, "K": 1e3}.get(printed[-1], 1.0)
-    digits = len(printed.rstrip("MK").partition(".")[2])
-    off = float(printed.rstrip("MK")) - value / unit
-    return -(10**-digits) < off <= 0.5 * 10**-digits + 1e-9
-
-
-@pytest.mark.parametrize("row", TABLE + SHARES, ids=lambda r: "-".join(map(str, r[:3])))
-def test_published_counts(row: tuple[str, str, int | None, Any, str, int, str, str]) -> None:
-    model, variant, rank, targets, words, trained, printed, off = row
-    found = count(model_of(model), variant, rank, targets, **overrides(variant, words.split()))
-    assert found["trainable"] == trained
-    if printed:
-        value = 100 * found["fraction"] if row in SHARES else trained
-        assert fits(printed, value) == (not off), value
+@pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r.model}-{r.variant}-{r.rank}")
+def test_published_counts(row: Published) -> None:
+    trained, value = counted(row)
+    assert trained == row.trained
+    if row.printed:
+        assert fits(row.printed, value) == (not row.off), value
 
 
 @pytest.mark.parametrize(
@@ -194,17 +71,6 @@ def test_vblora_prints_what_it_stores(
     assert rest == 0
     assert vectors * 256 + stretches * (1 + 2 * index) == stored
     assert fits(printed, stored) == ok
-
-
-@pytest.mark.parametrize("target", [1, 2, 4, 8])
-def test_budgets_of_adalora(target: int) -> None:
-    """Its Table 8: b(T) = 72, 144, 288, 576 triplets of DeBERTaV3-base."""
-    axes = overrides("adalora", [f"allocation.target_rank={target}"])
-    choice = choose("adalora", 12, **axes)
-    planned = plan(model_of("deberta-v3-base"), choice, SIX)
-    rule: Any = choice.allocation
-    start = sum(item.rank for item in planned)
-    assert rule.budget(10_000, 10_000, start, len(planned))[0] == 72 * target
 
 
 @pytest.mark.parametrize(

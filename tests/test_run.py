@@ -163,9 +163,18 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_every_experiment_can_be_asked_for(file: Path, tmp_path: Path) -> None:
-    done = lab(f"experiment={file.stem}", "dry=true", out=tmp_path)
-    assert done.stdout.startswith("missing") and not any(tmp_path.iterdir())
+def test_every_experiment_can_be_asked_for(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the embedded model as it stands; one of a larger model names the data that it lacks."""
+    words = [f"experiment={file.stem}", "train.steps=2", "dry=true"]
+    if "override /model: hf" not in file.read_text():
+        assert lab(*words, out=tmp_path).stdout.startswith("missing")
+    else:
+        monkeypatch.setenv("LORA_DATA", "nowhere")
+        said = lab(*words, out=tmp_path, code=1).stderr
+        assert said.startswith("error: task.path=nowhere/") and "no such file" in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_base_knows_its_old_skills_and_no_new_one(finished: Path) -> None:
