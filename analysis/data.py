@@ -133,7 +133,7 @@ def begun(settings: Settings, variant: str | None = None, device: str = "cpu",
     """Builds a run's model and adapter anew, as they start.
 
     Args:
-        variant: another preset in its place, at the run's rank and alpha.
+        variant: another preset in its place, at the run's rank and alpha, on its base.
         gradients: those of the untouched model on the first batch as well.
     """
     loaded = load_model(settings)
@@ -141,9 +141,8 @@ def begun(settings: Settings, variant: str | None = None, device: str = "cpu",
     train, size = _training(loaded, settings)
     chosen = batches.order(len(train), size, 0, settings.seed)
     batch = Batch(loaded, [train[i] for i in chosen])
-    axes: dict[str, Any] = {}
-    if variant is None:
-        axes = {axis: settings.variant[axis] for axis in variants.parts()}
+    own_axes = variants.parts() if variant is None else ("base",)
+    axes: dict[str, Any] = {axis: settings.variant[axis] for axis in own_axes}
     preset, alpha = variant or settings.variant["name"], settings.alpha
     choice = choose(preset, settings.rank, alpha, **axes)
     if choose(preset, settings.rank, **axes).alpha == alpha:

@@ -15,6 +15,7 @@ from variants import Incompatible
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), and a marker for each, for prints in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
+MARKED = 25  # points of a line, about, that have a marker
 FAR = 20  # times between the least and the largest value: the scale is logarithmic then
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7,
@@ -22,7 +23,8 @@ STYLE = {
     "axes.spines.right": False, "lines.linewidth": 1.0, "lines.markersize": 3.5,
     "figure.constrained_layout.use": True, "svg.hashsalt": "figures", "savefig.dpi": 300,
 }  # fmt: skip
-Lines = Mapping[str, Sequence[tuple[int, float]]]  # by name, the points (x, y)
+Lines = Mapping[str, Sequence[tuple[float, float]]]  # by name, the points (x, y)
+Cells = Sequence[Sequence[float | None]]  # [rows][columns]; None: nothing there
 
 
 def need_matplotlib() -> None:
@@ -44,10 +46,10 @@ def styled() -> Iterator[None]:
 
 
 @styled()
-def lines(panels: Mapping[str, Lines], x: str, y: str) -> Any:
+def lines(panels: Mapping[str, Lines], x: str, y: str, linear: bool = False) -> Any:
     """A panel of lines for each title, one scale for all, one legend.
 
-    The scale is logarithmic where values lie far apart.
+    The scale is logarithmic where values lie far apart, unless it is to be `linear`.
     """
     figure, axes = _grid(len(panels), sharey=True)
     names = list(dict.fromkeys(name for found in panels.values() for name in found))
@@ -57,12 +59,21 @@ def lines(panels: Mapping[str, Lines], x: str, y: str) -> Any:
         for name, points in found.items():
             i = names.index(name)
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-                    "linestyle": "--" if i >= len(COLOURS) else "-"}  # fmt: skip
+                    "linestyle": "--" if i >= len(COLOURS) else "-",
+                    "markevery": max(1, len(points) // MARKED)}  # fmt: skip
             axis.plot(*zip(*points, strict=True), label=name, **look)
-        if min(values) > 0 and max(values) > FAR * min(values):
+        if not linear and min(values) > 0 and max(values) > FAR * min(values):
             axis.set_yscale("log")
         axis.grid(axis="y", linewidth=0.3)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if all(isinstance(at, int) for points in found.values() for at, _ in points):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, axes, names)
+    _label(figure, x, y)
+    return figure
+
+
+def _legend(figure: Any, axes: Sequence[Any], names: Sequence[str]) -> None:
+    """One for all panels, above them."""
     handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: h for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -70,8 +81,63 @@ def lines(panels: Mapping[str, Lines], x: str, y: str) -> Any:
     columns = max(1, min(len(names), int(figure.get_figwidth() / entry)))
     figure.legend([handles[name] for name in names], names, loc="outside upper center",
                   ncols=columns, frameon=False)  # fmt: skip
+
+
+@styled()
+def points(panels: Mapping[str, Lines], x: str, y: str) -> Any:
+    """A panel of points for each title, a colour for each name, one legend, the same scales."""
+    figure, axes = _grid(len(panels), sharey=True)
+    names = list(dict.fromkeys(name for found in panels.values() for name in found))
+    for axis, (title, found) in zip(axes, panels.items()):
+        axis.set_title(title)
+        for name, own in found.items():
+            i = names.index(name)
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axis.plot(*zip(*own, strict=True), color=colour, marker=marker, ls="", label=name)
+        axis.grid(linewidth=0.3)
+    _legend(figure, axes, names)
     _label(figure, x, y)
     return figure
+
+
+@styled()
+def heat(
+    panels: Mapping[str, Cells], rows: Sequence[str], columns: Sequence[str], x: str, value: str,
+    y: str = "", most: float | None = None,
+) -> Any:  # fmt: skip
+    """A panel of coloured cells for each title, rows and columns named alike in all, one scale from
+    0 (or the least value below it) to `most`; cells are numbered where there is room."""
+    figure, axes = _grid(len(panels), sharey=True)
+    known = [v for table in panels.values() for row in table for v in row if v is not None]
+    low, high = min(0.0, *known), most if most is not None else max(known)
+    tall = max(1.3, 0.2 * len(rows)) if len(rows) < 12 else 1.7
+    wide = max(1.9, 0.3 * len(columns)) if len(columns) < 12 else 2.0
+    across = min(4, len(panels))
+    figure.set_size_inches(max(3.3, wide * across + 1.3), tall * -(-len(panels) // across) + 0.7)
+    numbered = len(rows) * len(columns) <= 84 and wide / len(columns) > 0.35
+    image: Any = None
+    for axis, (title, table) in zip(axes, panels.items()):
+        axis.set_title(title)
+        cells = [[float("nan") if v is None else v for v in row] for row in table]
+        image = axis.imshow(cells, vmin=low, vmax=high if high > low else low + 1, aspect="auto",
+                            cmap="viridis", interpolation="nearest")  # fmt: skip
+        _ticks(axis.xaxis, columns)
+        _ticks(axis.yaxis, rows)
+        for i, row in enumerate(table if numbered else ()):
+            for j, v in enumerate(row):
+                if v is not None:
+                    dark = v < low + 0.6 * (high - low)
+                    axis.text(j, i, f"{v:.2g}", ha="center", va="center", fontsize=5.5,
+                              color="white" if dark else "black")  # fmt: skip
+    figure.colorbar(image, ax=axes, label=value, fraction=0.04, aspect=30)
+    _label(figure, x, y)
+    return figure
+
+
+def _ticks(axis: Any, names: Sequence[str]) -> None:
+    """As many of the names as can be read."""
+    step = max(1, -(-len(names) // 12))
+    axis.set_ticks(range(0, len(names), step), names[::step])
 
 
 @styled()

@@ -5,7 +5,7 @@ folder says its base by name alone, and neither data nor how the adapter started
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,19 @@ def opened(path: str | Path, model: str | Path | None = None, device: str = "cpu
     places = {name: place_of(modules, site) for name, site in adapter.sites.items()}
     loaded.model.eval()
     return Opened(path, settings, loaded, adapter, places, modules)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked, and how to open the folder again."""
+
+    open: Callable[[], Opened]
+    text: Path | None = None
+    against: Opened | None = None
+    eps: float = 0.5
+    k: int = 10  # singular vectors that are looked at for intruders
+    device: str = "cpu"
+    reference: str = ""  # the preset that learning rates are relative to
 
 
 def _load(loaded: Loaded, path: Path) -> Adapter:

@@ -27,6 +27,7 @@ nine tenths of the energy:
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,25 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         return self.B.shape[0], self.A.shape[1]
 
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """(R_A, R_B) [r, r] in float64, with R_A^T R_A = A A^T and R_B^T R_B = B^T B: in the place
+        of A^T and B they give the same lengths, ||s B A||_F = ||s R_B R_A^T||_F."""
+        A, B = self.A.detach().double(), self.B.detach().double()
+        return torch.linalg.qr(A.mT, mode="r").R, torch.linalg.qr(B, mode="r").R
+
     def less(self, A0: Tensor, B0: Tensor) -> "Factors":
         """s B A - B0 A0, of the two ranks together."""
         A, A0, B, B0 = (t.detach().double() for t in (self.A, A0, self.B, B0))
         return Factors(torch.cat((A, A0)), torch.cat((self.s * B, -B0), dim=1))
+
+    @cached_property
+    def triplets(self) -> Triplets:
+        """All r singular triplets of dW (min(m, n) of them at most), in float64; computed once."""
+        left = torch.linalg.qr(self.B.detach().double())
+        right = torch.linalg.qr(self.A.detach().double().mT)
+        U, S, Vh = torch.linalg.svd(self.s * left.R @ right.R.mT, full_matrices=False)
+        return Triplets(left.Q @ U, S, Vh @ right.Q.mT)
 
     def dense(self) -> Tensor:
         """The matrix [m, n] itself, for what cannot be had without it."""
@@ -81,22 +97,32 @@ def dense(dW: Change) -> Tensor:
 
 
 def triplets(dW: Change) -> Triplets:
-    """All singular triplets of dW, min(m, n) or r of them; float64 from factors."""
+    """All singular triplets of dW, min(m, n) or r of them; in float64 from factors."""
     if isinstance(dW, Triplets):
         return dW
     if isinstance(dW, Tensor):
         W = dW.detach().to(wide(dW.dtype))
         return Triplets(*torch.linalg.svd(W, full_matrices=False))
-    left = torch.linalg.qr(dW.B.detach().double())
-    right = torch.linalg.qr(dW.A.detach().double().mT)
-    U, S, Vh = torch.linalg.svd(dW.s * left.R @ right.R.mT, full_matrices=False)
-    return Triplets(left.Q @ U, S, Vh @ right.Q.mT)
+    return dW.triplets
+
+
+def values(dW: Change) -> Tensor:
+    """The singular values of dW, descending; of factors alone they need no vectors."""
+    if isinstance(dW, Factors):
+        R_A, R_B = dW.roots
+        return torch.linalg.svdvals(dW.s * R_B @ R_A.mT)
+    return (
+        dW.S if isinstance(dW, Triplets) else torch.linalg.svdvals(dW.detach().to(wide(dW.dtype)))
+    )
 
 
 def frobenius(dW: Change) -> float:
     """||dW||_F."""
-    t = dW if isinstance(dW, Tensor) else triplets(dW).S
-    return torch.linalg.vector_norm(t.detach(), dtype=torch.float64).item()
+    if isinstance(dW, Factors):
+        R_A, R_B = dW.roots
+        return torch.linalg.vector_norm(dW.s * R_B @ R_A.mT).item()
+    t = dW.S if isinstance(dW, Triplets) else dW.detach()
+    return torch.linalg.vector_norm(t, dtype=torch.float64).item()
 
 
 def effective_rank(S: Tensor) -> float:
@@ -126,7 +152,7 @@ def rank_for(S: Tensor, share: float = 0.9) -> int:
 
 def spectrum(dW: Change) -> dict[str, Any]:
     """Norms, ranks and singular values of dW."""
-    S = triplets(dW)[1]
+    S = values(dW)
     return {
         "frobenius": torch.linalg.vector_norm(S).item(),
         "spectral": S.max().item(),

@@ -60,7 +60,7 @@ def start(
         `loss` at the start and `base` with the adapter disabled; `layers`: by name the norm of each
         tensor's gradient (`norms`), the full gradient's (`full`), and the cosines of minus the full
         gradient with the first step of dW, to first order along the tensors' gradients (`gradient`)
-        and as the variant's own optimizer takes it (`optimizer`).
+        and as the variant's own optimizer takes it, penalty included (`optimizer`).
     """
     adapter.model.eval()
     with torch.no_grad(), adapter.disabled():
@@ -77,6 +77,9 @@ def start(
         found[name] = {"norms": norms, "full": G.norm().item(),
                        "gradient": cosine(first_order(layer), -G)}  # fmt: skip
         before[name] = layer.weight.detach().clone()
+    penalty = adapter.penalty()
+    if penalty is not None:
+        penalty.backward()
     optimizer.step()
     for name, layer in adapter.layers.items():
         moved = layer.weight.detach() - before[name]

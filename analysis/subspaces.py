@@ -12,7 +12,6 @@ True
 
 A change along W0's first direction is all in its top subspace, and is not amplified:
 
->>> from .spectra import Factors
 >>> W0 = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
 >>> dW = Factors(torch.eye(4)[:1], torch.eye(4)[:, :1], 4.0)
 >>> found = alignment(torch.linalg.svd(W0), dW, 1)
@@ -26,7 +25,7 @@ from torch import Tensor
 from variants import Incompatible
 from variants._api import wide
 
-from .spectra import Change, Triplets, frobenius, triplets
+from .spectra import Change, Factors, Triplets, frobenius, triplets
 
 SIDES = ("left", "right")
 
@@ -131,14 +130,18 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
     total, found = frobenius(dW) ** 2, {}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
         Uk, Vk = U0[:, cut], Vh0[cut].mT
-        if isinstance(dW, Tensor):
+        if isinstance(dW, Factors):
+            X, Y = dW.s * (Uk.mT @ dW.B.detach().to(Uk)), dW.A.detach().to(Vk) @ Vk
+            R_A, R_B = dW.roots
+            left, right, both = X.double() @ R_A.mT, dW.s * R_B @ Y.double(), X @ Y
+        elif isinstance(dW, Triplets):
+            U, S, Vh = dW
+            left, inner = Uk.mT @ (U * S).to(Uk), Vh.to(Vk) @ Vk
+            right, both = S.to(Vk)[:, None] * inner, left @ inner
+        else:
             own = dW.detach().to(Uk)
             left, right = Uk.mT @ own, own @ Vk
             both = left @ Vk
-        else:  # in the coordinates of its own triplets, which keep lengths
-            U, S, Vh = triplets(dW)
-            left, inner = Uk.mT @ (U * S).to(Uk), Vh.to(Vk) @ Vk
-            right, both = S.to(Vk)[:, None] * inner, left @ inner
         for side, t in (("left", left), ("right", right), ("both", both)):
             found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else 0.0
     m, n = dW.shape
