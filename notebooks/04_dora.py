@@ -52,8 +52,16 @@ SHORT = "embedded model, six new skills"
 # %%
 STEPS, BATCH = (60, 32) if QUICK else (150, 32)
 cpu = torch.device("cpu")
-texts = items(MIXTURE, STEPS * BATCH, 0, split="train", replay=0.125)
-unseen = items(MIXTURE, 128, 0, split="validation")
+
+
+def scorer(loaded):
+    return Scorer(Skills(), loaded, cpu, 256, 64, 8)
+
+
+texts = scorer(Source(Tiny()).load()).examples(
+    items(MIXTURE, STEPS * BATCH, 0, split="train", replay=0.125)
+)
+unseen = scorer(Source(Tiny()).load()).examples(items(MIXTURE, 128, 0, split="validation"))
 
 
 def trained(variant, lr, rank=None, seed=0, steps=STEPS, marks=()):
@@ -62,8 +70,7 @@ def trained(variant, lr, rank=None, seed=0, steps=STEPS, marks=()):
     sized = {} if rank is None else {"rank": rank, "alpha": 2 * rank}
     adapter = variants.attach(loaded.model, variant, seed=seed, **sized)
     optimizer = adapter.optimizer(lr, steps=steps)
-    scorer = Scorer(Skills(), loaded, cpu, 256, 64, 8)
-    batches = calls(scorer.examples(texts), BATCH, seed, loaded.tokenizer.pad_token_id, cpu)
+    batches = calls(texts, BATCH, seed, loaded.tokenizer.pad_token_id, cpu)
     moved = {}
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -76,7 +83,7 @@ def trained(variant, lr, rank=None, seed=0, steps=STEPS, marks=()):
                 name: magnitude_direction(layer.original, change(layer))[::-1]
                 for name, layer in adapter.layers.items()
             }
-    return adapter, scorer.quick(scorer.examples(unseen))["loss"], moved
+    return adapter, scorer(loaded).quick(unseen)["loss"], moved
 
 
 # %% [markdown]

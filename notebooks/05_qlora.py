@@ -145,8 +145,9 @@ formats.round(5)
 
 # %%
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.5))
-left.bar(range(16), shares, color=COLOURS[0], width=0.8)
+left.bar(range(16), shares.tolist(), color=COLOURS[0], width=0.8)
 left.axhline(1 / 16, color="black", linestyle="--", linewidth=0.8, label="equal shares")
+left.set_xticks(range(0, 16, 3))
 left.set_xlabel("NF4 code, by its value")
 left.set_ylabel("share of N(0, 1) in blocks of 64")
 left.legend()
@@ -154,6 +155,7 @@ for axis, column in ((middle, "error on N(0, 1)"), (right, "loss, more than unto
     line = formats[column].sort_values()
     axis.barh(line.index, line, color=COLOURS[0], height=0.7)
     axis.set_xlabel(column)
+    axis.locator_params(axis="x", nbins=4)
     axis.invert_yaxis()
 plt.show()
 
