@@ -90,9 +90,10 @@ def trained(variant, lr, rank=None, seed=0, steps=STEPS, marks=()):
 # ## Figure 2: dM against dD
 #
 # dM is the mean over a matrix's rows of | ||w|| - ||w0|| |, dD that of 1 - cos(w, w0); four
-# checkpoints, all layers, q and v as in the paper, and all seven kinds. The rates are near the best
-# of each. Pooled over checkpoints a positive slope is nearly built in, since all of it starts at
-# (0, 0) and grows; so the last checkpoint alone is given too.
+# checkpoints, all layers, q and v as in the paper (in the figure circles and triangles), and all
+# seven kinds. The rates are near the best of each. Pooled over checkpoints a positive slope is
+# nearly built in, since all of it starts at (0, 0) and grows; so the last checkpoint alone is given
+# too.
 
 # %%
 MARKS = [STEPS * i // 4 for i in (1, 2, 3, 4)]
