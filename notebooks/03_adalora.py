@@ -339,8 +339,8 @@ for name in KINDS:
         found="; ".join(f"lr {lr:g}: {', '.join(map(str, w))}" for lr, w in wrong.items())
         + f" of 21 triplets misplaced; evenly spread {evenly:.1f}",
         holds=min(max(w) for w in wrong.values()) <= 2,
-        how="run: regression, six 32 x 32 matrices, the right budget given; holds: 2 at most at the "
-        "better rate",
+        how="run: regression, six 32 x 32 matrices, the right budget given; holds: 2 at most, at "
+        "the better rate",
     )
 worse = sum(tuned["adalora"]) / len(SEEDS) - sum(tuned["lora"]) / len(SEEDS)
 claims.add(

@@ -301,9 +301,9 @@ bases.round(4)
 # ## What must hold, and what was found
 #
 # NF4 has the least error on normal numbers, though its codes are not used equally. E3M0 has by far
-# the largest, in the error and in the embedded model's loss, where Table 2 has it second; the losses
-# of the others lie within 2e-4 of each other and their order says little. QPiSSA is ahead of LoftQ
-# where the spectrum falls as k^-1/2 or faster, the embedded model's included; on independent
+# the largest, in the error and in the embedded model's loss, where Table 2 has it second; the
+# losses of the others lie within 2e-4 of each other and their order says little. QPiSSA is ahead of
+# LoftQ where the spectrum falls as k^-1/2 or faster, the embedded model's included; on independent
 # numbers, or k^-1/4, and with one turn LoftQ is.
 
 # %%
