@@ -75,18 +75,18 @@ print(f"Eq. 14 lies between {min(as_printed)} and {max(as_printed)}, for {72} an
 #
 # The embedded model (a Llama of 0.3M parameters) on its own task, all 21 linear matrices, 12
 # triplets a matrix at the start and 8 at the end; LoRA at r = 8. Three rates each: `python run.py
-# -m variant=adalora rank=12 optim.lr=0.005,0.01,0.02 train.steps=100`.
+# -m variant=adalora rank=12 optim.lr=0.01,0.02,0.04 train.steps=100`.
 
 # %%
 TRAIN = 100  # steps
 WORDS = [f"train.steps={TRAIN}", "train.log_every=1", "eval.limit=192", "train.eval_every=0",
          "train.checkpoint_every=0", "track.mode=disabled"]  # fmt: skip
-RATES = (5e-3, 1e-2, 2e-2)
+RATES = {"adalora": (1e-2, 2e-2, 4e-2), "lora": (5e-3, 1e-2, 2e-2)}
 PAIR = {"adalora": ["variant=adalora", "rank=12"], "lora": ["variant=lora", "rank=8"]}
 runs = {
     (name, lr): run(*WORDS, *words, f"optim.lr={lr}")
     for name, words in PAIR.items()
-    for lr in RATES
+    for lr in RATES[name]
 }
 losses = pd.Series({key: result["metrics"]["tuned"]["loss"] for key, result in runs.items()})
 best = {name: losses[name].idxmin() for name in PAIR}
@@ -141,7 +141,8 @@ for axis, (seed, (roles, numbers, table)) in zip(axes[0], grids.items()):
     image = axis.imshow(table, vmin=0, vmax=12, cmap="viridis", aspect="auto")
     for i, row in enumerate(table):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.0f}", ha="center", va="center", color="white", fontsize=7)
+            ink = "black" if value > 6 else "white"
+            axis.text(j, i, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7)
     axis.set_xticks(range(len(numbers)), numbers)
     axis.set_yticks(range(len(roles)), roles)
     axis.set_xlabel("layer")
