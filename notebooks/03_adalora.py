@@ -268,6 +268,11 @@ plt.show()
 
 # %% [markdown]
 # ## What must hold, and what was found
+#
+# The schedule is the official code's to the triplet. Side by side the teacher's ranks are found
+# where the rate is high enough for the change to be learned before the budget is spent, and not
+# where it is lower. In a row its ranks are not the only ones that do, and those that are kept lie
+# not much nearer to them than an even spread.
 
 # %%
 assert matrices["matrices"] == 72 and list(budgets.values()) == [72, 144, 288, 576]

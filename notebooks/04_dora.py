@@ -240,6 +240,9 @@ ranks.round(3)
 
 # %% [markdown]
 # ## What must hold, and what was found
+#
+# The identities hold to rounding. Eq. 6 is that of a norm which is differentiated; the official
+# scripts train with a constant one, whose gradient is not projected.
 
 # %%
 shares = {
