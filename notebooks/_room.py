@@ -85,6 +85,7 @@ def made(source: Path) -> float:
     """Executes a source; keeps the notebook beside it and its rows of the ledger; its seconds."""
     with fresh() as folder:
         notebook, seconds = execute(source, folder)
+        (HERE / "results").mkdir(exist_ok=True)
         for file in sorted((folder / "results").glob("*.json")):
             shutil.copy(file, HERE / "results" / file.name)
     part = source.with_suffix(".part")
