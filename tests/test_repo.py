@@ -118,7 +118,7 @@ def test_help_is_quick() -> None:
         subprocess.run(run, cwd=ROOT, capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(taken) < 1.2
+    assert min(taken) < 1.5
 
 
 def test_variant_files_are_short() -> None:
