@@ -8,14 +8,15 @@ are asked for); factors: the same function of analysis/, given A and B. W0's dec
 `alignment` stands and which any number of changes share, is given to both.
 
 Every round runs both, in turns; a ratio is the median of the rounds' own ratios, with its interval.
-The differences are relative (norms, of all numbers of a result), to the dense way in float64.
+The differences are relative, to the dense way in float64: of a list of numbers by norms, and of
+several results the largest. The json is written after each analysis.
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from analysis.spectra import (
     Factors,
     Triplets,
     effective_rank,
+    rank_for,
     stable_rank,
     triplets,
     values,
 )
 from analysis.subspaces import alignment, amplification, directions, similarity
+from experiments.record import write_json
 
 from .clock import CLOCKS, ratio, rounds
 
@@ -56,51 +59,45 @@ def weight(size: int, seed: int) -> tuple[Tensor, Triplets]:
     return (U * S) @ V.mT, Triplets(U, S, V.mT.contiguous())
 
 
-Analysis = Callable[[Change, Change], Any]
+Analysis = Callable[[Change, Change], list[Tensor]]
 
 
 def analyses(W0: Tensor, base: Triplets, r: int) -> dict[str, Analysis]:
     """Each as a function of one change, or of two; of a spectrum the first r values."""
 
-    def numbers(found: dict[str, Any], *keys: str) -> Tensor:
-        return torch.tensor([found[k] for k in keys], dtype=torch.float64)
+    def numbers(found: Iterable[Any]) -> list[Tensor]:
+        return [torch.tensor(v, dtype=torch.float64) for v in found if v is not None]
 
-    def ranks(dW: Change) -> Tensor:
+    def spectrum(dW: Change, _: Change) -> list[Tensor]:
         S = values(dW)[:r]
-        return torch.tensor([effective_rank(S), stable_rank(S)], dtype=torch.float64)
+        return [S, *numbers((effective_rank(S), stable_rank(S), rank_for(S)))]
 
-    amplified = ("change", "inside", "factor")
     return {
-        "spectrum": lambda dW, _: values(dW)[:r],
-        "effective and stable rank": lambda dW, _: ranks(dW),
-        "subspace similarity": lambda dW, other: similarity(
-            directions(dW)[:, :r], directions(other)[:, :r]
-        ),
-        "amplification": lambda dW, _: numbers(amplification(W0, dW, r), *amplified),
-        "alignment with W0": lambda dW, _: torch.tensor(
-            list(alignment(base, dW, r).values()), dtype=torch.float64
-        ),
-        "magnitude, direction": lambda dW, _: torch.tensor(
-            magnitude_direction(W0, dW), dtype=torch.float64
-        ),
+        "alignment with W0": lambda dW, _: numbers(alignment(base, dW, r).values()),
+        "magnitude, direction": lambda dW, _: numbers(magnitude_direction(W0, dW)),
+        "spectrum and ranks": spectrum,
+        "amplification": lambda dW, _: numbers(amplification(W0, dW, r).values()),
+        "subspace similarity": lambda dW, other: [
+            similarity(directions(dW)[:, :r], directions(other)[:, :r])
+        ],
     }
 
 
-def difference(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||."""
-    return (torch.dist(found.double(), exact) / torch.linalg.vector_norm(exact)).item()
+def difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest ||found - exact|| / ||exact||."""
+    return max((torch.dist(a.double(), b.double()) / torch.linalg.vector_norm(b.double())).item()
+               for a, b in zip(found, exact, strict=True))  # fmt: skip
 
 
-def measured(size: int, rank: int, count: int, clock: str) -> list[dict[str, Any]]:
+def measured(size: int, rank: int, count: int, clock: str) -> Iterator[dict[str, Any]]:
     """A row for each analysis."""
     first, second = factors(size, rank, 1), factors(size, rank, 2)
     W0, base = weight(size, 3)
     wide = [Factors(f.A.double(), f.B.double(), f.s).dense() for f in (first, second)]
     exact_change = [triplets(W) for W in wide]  # in float64, by the definition
     exact = analyses(W0.double(), Triplets(*(t.double() for t in base)), rank)
-    rows = []
     for name, analysis in analyses(W0, base, rank).items():
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, list[Tensor]] = {}
         two = (first, second) if name == "subspace similarity" else (first, first)
         calls = {
             "dense": called(analysis, two, Factors.dense, kept, "dense"),
@@ -108,22 +105,21 @@ def measured(size: int, rank: int, count: int, clock: str) -> list[dict[str, Any
         }
         seconds = rounds(calls, count, clock)
         middle, low, high = ratio(seconds["dense"], seconds["factors"])
-        truth = exact[name](*exact_change).double()
-        rows.append({
+        truth = exact[name](*exact_change)
+        yield {
             "analysis": name, "size": size, "rank": rank,
             "ms": {k: 1000 * statistics.median(v) for k, v in seconds.items()},
             "ratio": middle, "interval": [low, high],
             "asked": None if name == "magnitude, direction" else ASKED,  # reads all of W0
             "difference": {k: difference(v, truth) for k, v in kept.items()},
-        })  # fmt: skip
-    return rows
+        }  # fmt: skip
 
 
 def called(
     analysis: Analysis,
     two: tuple[Factors, Factors],
     made: Callable[[Factors], Change],
-    kept: dict[str, Tensor],
+    kept: dict[str, list[Tensor]],
     key: str,
 ) -> Callable[[], None]:
     """The analysis of changes that are made anew, with nothing remembered; kept[key] is its last
@@ -155,7 +151,11 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows there as well")
     given = parser.parse_args()
     torch.set_num_threads(given.threads or torch.get_num_threads())
-    rows = measured(given.size, given.rank, given.rounds, given.clock)
+    rows = []
+    for row in measured(given.size, given.rank, given.rounds, given.clock):
+        rows.append(row)
+        if given.json:
+            write_json(Path(given.json), rows)
     table = Table(title=f"{given.size} x {given.size}, rank {given.rank}, fp32, "
                   f"{torch.get_num_threads()} threads, {given.rounds} rounds, "
                   f"{given.clock} clock")  # fmt: skip
@@ -173,9 +173,6 @@ def main() -> None:
             f"{off['dense']:.1e}",
         )
     Console(width=120).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":
