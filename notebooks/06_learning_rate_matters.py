@@ -92,8 +92,8 @@ pd.DataFrame(report["regret"])[
 ].round(4)
 
 # %% [markdown]
-# The verdicts, on test, each at its own rate. Intervals are of seeds alone, as the items of each run
-# are not kept here; docs/log.md has those over seeds and items.
+# The verdicts, on test, each at its own rate. Intervals are of seeds alone, as the items of each
+# run are not kept here; docs/log.md has those over seeds and items.
 
 # %%
 tuned = pd.DataFrame(report["verdicts"]).set_index("variant")
