@@ -626,8 +626,8 @@ BUGS = [
     ),
     Bug(
         "adalora",
-        "torch._foreach_abs(torch._foreach_mul(tensors, grads))",
-        "torch._foreach_abs(grads)",
+        "triplet.flat(some).mul_(triplet.flat(triplet.gradients(some)))",
+        "triplet.flat(triplet.gradients(some))",
         "the gradient alone for |w g|",
     ),
     Bug(
@@ -637,10 +637,11 @@ BUGS = [
         "sums over a triplet's entries, not means",
     ),
     Bug(
-        "adalora",
-        "torch.stack([off.norm() for off in terms])",
-        "torch.stack([off.square().sum() for off in terms])",
+        "triplet",
+        "norms = torch.stack(torch._foreach_norm(off))",
+        "norms = torch.stack(torch._foreach_norm(off)).square()",
         "the penalty squared",
+        "adalora",
     ),
     Bug(
         "adalora",
@@ -1102,13 +1103,6 @@ BUGS = [
         "gt = g if",
         "the gain forgotten in backward",
         "dora; ia3",
-    ),
-    Bug(
-        "_product",
-        "x if ctx.needs_input_grad[1] else down",
-        "down if ctx.needs_input_grad[2] else x",
-        "x A^T kept where x is needed",
-        "lora; lora_fa",
     ),
     Bug(
         "_product",
@@ -1806,10 +1800,11 @@ BUGS = [
     ),
     Bug("corda", "C.diag().mean()", "C.mean()", "the mean of all of C for its diagonal's"),
     Bug(
-        "adalora",
-        "for off in terms]).mean()",
-        "for off in terms]).sum()",
+        "triplet",
+        "return norms.mean()",
+        "return norms.sum()",
         "the penalty's sum for its mean",
+        "adalora",
     ),
     Bug(
         "adalora",
@@ -1875,9 +1870,9 @@ BUGS = [
     ),
     Bug(
         "_svd",
-        "{M.dtype} {r} {rule} {seed}",
-        "{M.dtype} {rule} {seed}",
-        "factors of another rank come from the cache",
+        "max(r, swept, AT_FIRST)",
+        "max(swept, AT_FIRST)",
+        "fewer factors are computed than asked for",
         "pissa",
     ),
     Bug(
