@@ -57,12 +57,14 @@ def execute(source: Path, folder: Path) -> tuple[Any, float]:
     notebook = read(source)
     told = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "QUICK": os.environ.get("QUICK", "1"), "WANDB_MODE": "disabled",
+            "PYTHONWARNINGS": "ignore:IProgress not found",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # fmt: skip
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning of its transport
         resources={"metadata": {"path": str(folder)}},
     )
     began = time.perf_counter()
