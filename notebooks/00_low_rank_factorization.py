@@ -217,7 +217,7 @@ plt.show()
 # ## 3.4 Inference, and the comparison with the original model
 #
 # Runs of the laboratory, as `python run.py model=mlp task=digits variant=factorized rank=4 ...`
-# makes them. Each variant's learning rate is the one of four with the lowest validation loss (seed
+# makes them. Each variant's learning rate is the one of five with the lowest validation loss (seed
 # 0); then the test images, over fresh seeds. `old` is the accuracy on odd digits, which the
 # original knew.
 
@@ -230,7 +230,7 @@ WORDS = [
     "train.checkpoint_every=0",
     "track.mode=disabled",
 ]
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 VARIANTS = {
     "factorized, r = 4": ["variant=factorized", "rank=4"],
     "LoRA, r = 4": ["variant=lora", "rank=4"],

@@ -114,7 +114,9 @@ by_rank.round(3)
 # phi(i, j) = ||U_i^T V_j||^2 / min(i, j), U and V the right singular vectors, largest first. The
 # paper takes those of A. Here A starts at random and moves little in 150 steps, so those of the
 # change dW = s B A are beside it. Of independent directions in n dimensions phi is max(i, j) / n on
-# average: 1/96 for the first of each, 0.67 for the first of 64. All q and v matrices, averaged.
+# average: 1/96 for the first of each, 0.67 for the first of 64. All q and v matrices, averaged. The
+# runs at r = 8 and r = 64 have different seeds: under one seed the 8 rows of the smaller A are
+# drawn as the first 8 of the larger, which alone would make them alike.
 
 # %%
 SITES = ("q_proj", "v_proj")
@@ -149,15 +151,15 @@ noise = torch.stack(
     ]
 ).mean(0)
 panels = {
-    "A, r = 8 and 64": phi(small, large, 0),
-    "dW, r = 8 and 64": phi(small, large, 1),
+    "A, r = 8 and 64": phi(small, other, 0),
+    "dW, r = 8 and 64": phi(small, other, 1),
     "A, r = 64, two seeds": phi(large, other, 0),
     "dW, r = 64, two seeds": phi(large, other, 1),
     "random directions": noise,
 }
 figure, axes = plt.subplots(1, 5, figsize=(10, 2.3), sharey=True)
 for axis, (title, grid) in zip(axes, panels.items()):
-    image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", extent=(0.5, 8.5, 8.5, 0.5))
+    image = axis.imshow(grid, vmin=0, vmax=0.5, cmap="viridis", extent=(0.5, 8.5, 8.5, 0.5))
     axis.set_title(title)
     axis.set_xlabel("j")
 axes[0].set_ylabel("i")
@@ -214,6 +216,12 @@ amplified.round(2)
 
 # %% [markdown]
 # ## What must hold, and what was found
+#
+# Here rank decides, and not only because 150 steps are few: after 500 the embedded task is at 0.42,
+# 0.74, 0.97 and 0.98 for r = 1, 2, 4, 16 (docs/log.md). The top directions of two ranks or two
+# seeds overlap far more than chance has it, though by less than the paper's half. Table 7 comes
+# back in kind: the change stands in directions that W has little of, and is several times what W
+# has there.
 
 # %%
 everywhere = by_rank.loc["all linear layers"]["exact match"]
@@ -244,7 +252,7 @@ claims.add(
 claims.add(
     "A very small rank suffices (Table 6)",
     published="WikiSQL 73.4, 73.3, 73.7, 73.8, 73.5 at r = 1, 2, 4, 8, 64 (q and v)",
-    found="exact match " + ", ".join(f"{everywhere[r]:.2f}" for r in RANKS),
+    found="exact match after 150 steps " + ", ".join(f"{everywhere[r]:.2f}" for r in RANKS),
     holds=bool(everywhere.max() - everywhere[1] < 0.02),
     how="run: python run.py -m variant=lora rank=1,2,4,8,64 train.steps=150 eval.limit=192",
 )

@@ -43,7 +43,9 @@ claims = Claims("This laboratory")
 # every init come from `weight` and `embed`.
 
 # %%
-SOURCE = '''"""Gains: LoRA with a gain for each output, an example of a variant of one's own.
+# fmt: off
+SOURCE = (  # IPython takes >>> out of a string that does not begin its line
+'''"""Gains: LoRA with a gain for each output, an example of a variant of one's own.
 
     W = (1 + g) (W0 + s B A),    g = 0 at the start
 
@@ -80,6 +82,8 @@ class Gains(LowRank, name="gains"):
 
 preset("gains", form="gains", rank=16, alpha="2r", lr=2e-4, lr_origin="LoRA's")
 '''
+)
+# fmt: on
 Path("gains.py").write_text(SOURCE)
 before = set(variants.names())
 known = variants.describe("gains.py")

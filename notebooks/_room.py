@@ -64,6 +64,7 @@ def execute(source: Path, folder: Path) -> tuple[Any, float]:
         timeout=TIMEOUT,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=40"],  # else a warning of its transport
         resources={"metadata": {"path": str(folder)}},
     )
     began = time.perf_counter()
