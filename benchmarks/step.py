@@ -8,8 +8,7 @@ project exports it, read by PEFT, so both compute the same, but for DoRA's dropo
 path only, which PEFT lacks: its own stands beside it. PEFT keeps its default, adapters in fp32
 under a bf16 model. `floor` is the frozen model with the gradient of its inputs alone. A ratio is
 the median of the rounds' own, with the 95 % interval of a median; `*` marks one over its bound.
-Bytes are all that autograd keeps for backward, `alone` those beyond the frozen model's; they and
-FLOPs are exact.
+Bytes are all that autograd keeps for backward; they and FLOPs are exact.
 """
 
 import argparse
@@ -135,14 +134,12 @@ def compare(method: Method, given: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     seconds = rounds(calls, given.rounds, given.clock)
     kept = {k: found["saved_bytes"] for k, found in exact.items()}
-    alone = {k: kept[k] - kept["floor"] for k in ("here", "PEFT")}
     middle, low, high = ratio(seconds["here"], seconds["PEFT"])
     return {
         "method": method.name, "ms": {k: 1e3 * statistics.median(v) for k, v in seconds.items()},
         "time": middle, "interval": [low, high], "time_bound": method.time,
         "floor": ratio(seconds["floor"], seconds["PEFT"])[0],
         "kept": kept, "kept_ratio": kept["here"] / kept["PEFT"], "kept_bound": method.kept,
-        "alone_ratio": alone["here"] / max(alone["PEFT"], 1),
         "flops": exact["here"]["flops"] / exact["PEFT"]["flops"],
     }  # fmt: skip
 
@@ -186,7 +183,7 @@ def main() -> None:
     )
     table = Table(title=title)
     for name in ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT",
-                 "MiB here", "MiB PEFT", "bytes / PEFT", "alone", "FLOPs / PEFT"):  # fmt: skip
+                 "MiB here", "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"):  # fmt: skip
         table.add_column(name, justify="right")
     found = []
     for row in rows(given):
@@ -196,7 +193,7 @@ def main() -> None:
             row["method"], *(f"{row['ms'][k]:.1f}" for k in ("here", "PEFT", "floor")),
             marked(row["time"], row["time_bound"], f" [{low:.2f}, {high:.2f}]"),
             f"{row['floor']:.2f}", *(f"{row['kept'][k] / 2**20:.1f}" for k in ("here", "PEFT")),
-            marked(row["kept_ratio"], row["kept_bound"]), f"{row['alone_ratio']:.2f}",
+            marked(row["kept_ratio"], row["kept_bound"]),
             f"{row['flops']:.2f}",
         )  # fmt: skip
         print(f"{row['method']}: {row['time']:.2f}", flush=True)

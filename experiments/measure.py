@@ -15,10 +15,18 @@ while it works, which no allocator of the CPU tells:
 ...     del y
 >>> live.now, live.peak
 (4000, 8000)
+
+A product that adds to what is there counts as every product does, two FLOPs for each of its
+multiplications:
+
+>>> y, a, b = torch.zeros(3, 5), torch.ones(3, 4), torch.ones(4, 5)
+>>> measure(lambda: y.addmm_(a, b), nn.Module())["flops"]
+120
 """
 
 import weakref
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -64,6 +72,15 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+def _product(_: Any, a: torch.Size, b: torch.Size, **more: Any) -> int:
+    """FLOPs of y += a b, from the shapes."""
+    return 2 * prod(a) * b[-1]
+
+
+# PyTorch's counter knows the products that make a new tensor, and not these
+_IN_PLACE = {torch.ops.aten.addmm_: _product, torch.ops.aten.baddbmm_: _product}
+
+
 def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
     """Runs `backward` once and counts. Memory that several nodes keep counts once; what the model
     holds anyway (parameters and buffers) does not count."""
@@ -85,7 +102,7 @@ def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
     hook = register_module_forward_pre_hook(note)  # a base in shards is made whole block by block
     try:
         with (
-            FlopCounterMode(display=False) as flops,
+            FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             backward()

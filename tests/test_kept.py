@@ -156,25 +156,26 @@ FREE = {"name": "dora", "dropout_on": "low_rank"}
 @pytest.mark.parametrize(
     ("dtype", "form", "dropout", "calls", "kept", "flops"),
     [
-        (torch.float32, "lora", 0.0, 11.1, 0.875, 0.846),
-        (torch.float32, "lora", 0.1, 43.5, 0.875, 0.846),
-        (torch.float32, "dora", 0.0, 39.7, 1.292, 0.863),
-        (torch.float32, "dora", 0.1, 74.8, 1.535, 1.310),
-        (torch.float32, FREE, 0.1, 72.1, 1.292, 0.863),
-        (torch.bfloat16, "lora", 0.0, 18.6, 0.745, 0.846),
-        (torch.bfloat16, "dora", 0.0, 50.4, 1.073, 0.863),
-        (torch.bfloat16, "dora", 0.1, 84.1, 1.260, 1.311),
+        (torch.float32, "lora", 0.0, 11.1, 0.875, 1.2664),
+        (torch.float32, "lora", 0.1, 43.5, 0.875, 1.2664),
+        (torch.float32, "dora", 0.0, 39.7, 1.292, 1.2836),
+        (torch.float32, "dora", 0.1, 74.8, 1.535, 2.1520),
+        (torch.float32, FREE, 0.1, 72.1, 1.292, 1.2836),
+        (torch.bfloat16, "lora", 0.0, 18.6, 0.745, 1.2664),
+        (torch.bfloat16, "dora", 0.0, 50.4, 1.073, 1.2836),
+        (torch.bfloat16, "dora", 0.1, 84.1, 1.260, 2.1520),
     ],
 )
 def test_a_step_costs_no_more_than_it_did(
     dtype: torch.dtype, form: Any, dropout: float, calls: float, kept: float, flops: float
 ) -> None:
     """Operations a layer beyond the frozen model's; bytes and FLOPs over those of the frozen model
-    whose embedding alone learns."""
+    whose embedding alone learns. FLOPs are held from below as well: a product that is not counted
+    would show."""
     frozen = seeded(models.llama).to(dtype).train().requires_grad_(False)
     frozen.get_input_embeddings().weight.requires_grad_(True)
     floor = figures(frozen)
     found = figures(llama(form=form, dtype=dtype, dropout=dropout))
     assert (found[0] - floor[0]) / 14 <= calls
     assert found[1] / floor[1] <= kept
-    assert found[2] / floor[2] <= flops
+    assert found[2] / floor[2] == pytest.approx(flops, abs=1e-4)
