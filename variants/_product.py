@@ -145,6 +145,13 @@ def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tenso
     return _Adapted.apply(x, A, B, y, None, None, None, s, 0.0, 0)  # type: ignore[return-value]
 
 
+def _chain(x: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    *before, last = matrices
+    for M in before:
+        x = F.linear(x, M.to(x.dtype))
+    return F.linear(x, last.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class _Made(torch.autograd.Function):
     """M_k ... M_1 x + bias; the M are made of p here and again in backward, and never kept."""
 
@@ -152,10 +159,7 @@ class _Made(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, made: Made, *p: Tensor) -> Tensor:
         ctx.made, ctx.bias = made, None if bias is None else bias.dtype
         ctx.save_for_backward(x, *p)
-        *before, last = made(*p)
-        for M in before:
-            x = F.linear(x, M.to(x.dtype))
-        return F.linear(x, last.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _chain(x, made(*p), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -203,4 +207,6 @@ def made_product(
         found = made(dict(zip(p, own, strict=True)))
         return found if isinstance(found, tuple) else (found,)
 
+    if torch.compiler.is_compiling():  # a compiler decides itself what it makes again
+        return _chain(x, matrices(*p.values()), bias)
     return _Made.apply(x, bias, matrices, *p.values())  # type: ignore[return-value]
