@@ -13,6 +13,13 @@ A change along the rows moves magnitudes alone, one that turns them directions a
 (0.0, 1.0)
 >>> slope([(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)])
 (-1.0, -1.0)
+
+What is left of a row that nearly vanishes keeps its direction:
+
+>>> w = torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+>>> moved, turned = magnitude_direction(w, Factors(w, torch.tensor([[-1 + 2.0**-20]])))
+>>> round(moved / w.double().norm().item() * 2**20), round(abs(turned), 6)
+(1048575, 0.0)
 """
 
 import math
@@ -23,7 +30,9 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets
+from .spectra import Change, Factors, Triplets, row_norms
+
+CANCELLED = 1e-2  # of a row's norm: what is left after less would have no digits
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
@@ -36,6 +45,7 @@ def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
     W0 = W0.detach().to(wide(W0.dtype))
     if isinstance(dW, Triplets):
         dW = Factors(dW.Vh, dW.U * dW.S)
+    before = row_norms(W0)
     if isinstance(dW, Factors):  # dW's rows are those of s B in the metric A A^T
         A, B = dW.A.detach().double(), dW.s * dW.B.detach().double()
         cross = ((W0 @ A.mT.to(W0)).double() * B).sum(1)
@@ -44,8 +54,13 @@ def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
         own = dW.detach().to(W0)
         cross = (W0 * own).sum(1, dtype=torch.float64)
         change = own.square().sum(1, dtype=torch.float64)
-    before = torch.linalg.vector_norm(W0, dim=1, dtype=torch.float64)
     after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
+    near = after < CANCELLED * before
+    if near.any():  # little is left of the row: those sums are rounding, the row itself is not
+        w0 = W0[near].double()
+        dw = B[near] @ A if isinstance(dW, Factors) else dW.detach()[near].double()
+        before[near], after[near] = w0.norm(dim=1), (w0 + dw).norm(dim=1)
+        cross[near], change[near] = (w0 * dw).sum(1), dw.square().sum(1)
     moved = (2 * cross + change) / (before + after)
     turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
     rows = (before > 0) & (after > 0)

@@ -25,7 +25,7 @@ from torch import Tensor
 from variants import Incompatible
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, frobenius, triplets
+from .spectra import Change, Factors, Triplets, frobenius, row_norms, triplets
 
 SIDES = ("left", "right")
 
@@ -86,7 +86,7 @@ def amplification(
         "inside": inside,
         "factor": change / inside if change and inside else None,
         "random": _projected(W0, *drawn),
-        "base": torch.linalg.vector_norm(W0, dtype=torch.float64).item(),
+        "base": torch.linalg.vector_norm(row_norms(W0)).item(),
     }
 
 
