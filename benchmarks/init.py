@@ -144,7 +144,6 @@ def main() -> None:
         f"{given.size} x {given.size}, spectrum k^-{given.decay:g}, fp32, {sheet.timed}",
         ("r", "method", "s", "exact / time", "error of the values", "worst cosine"),
         map(cells, found),
-        width=110,
     )
     swept = sweep(1024)
     sheet.say(

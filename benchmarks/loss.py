@@ -124,7 +124,6 @@ def main() -> None:
         ("vocabulary", "labelled", "here ms", "plain ms", "chosen ms", "floor ms", "time / plain",
          "chosen / plain", "floor / plain", "MiB here", "MiB plain", "peak / plain"),
         map(cells, found),
-        width=190,
     )  # fmt: skip
     sheet.write(found)
 

@@ -163,7 +163,6 @@ def main() -> None:
             (keys[0], "", *(f"{name} ms" for name in ms), *ratios),
             ((*(str(row[key]) for key in keys), *(f"{row['ms'][name]:.2f}" for name in ms),
               *(cell(row.get(name)) for name in ratios)) for row in rows),
-            width=170,
         )  # fmt: skip
 
     for dtype in DTYPES:

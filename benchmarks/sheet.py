@@ -66,9 +66,7 @@ class Sheet:
         given = self.given
         return f"{given.threads} threads, {given.rounds} rounds, {given.clock} clock"
 
-    def table(
-        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120
-    ) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Shows a table of numbers; a column headed `<name` holds words."""
         from rich.console import Console
         from rich.table import Table
@@ -79,7 +77,7 @@ class Sheet:
             table.add_column(name.lstrip("<"), justify="left" if name[:1] == "<" else "right")
         for row in kept:
             table.add_row(*row)
-        Console(width=width).print(table)
+        Console(width=190).print(table)
         self.shown.append({"title": title, "columns": list(columns), "rows": kept})
 
     def say(self, text: str) -> None:

@@ -178,7 +178,6 @@ def main() -> None:
         ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT", "MiB here",
          "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"),
         map(cells, found),
-        width=190,
     )  # fmt: skip
     sheet.write(found)
 
