@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.sheet import Sheet, page
+from benchmarks.startup import FIRST_STEP, LATE, modules, package
 
 
 def shown(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict:
@@ -47,3 +48,28 @@ def test_the_page_of_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "torch 9.9" not in before and "another, " in after and "torch 9.9" in after
     with pytest.raises(SystemExit, match=r"no \*\.json"):
         page(tmp_path / "none")
+
+
+# modules of this project, and the packages that are others', at most
+HYDRA = {"hydra", "omegaconf", "yaml", "antlr4", "attr", "packaging"}
+BOUNDS: dict[str, tuple[int, set[str]]] = {
+    "import variants": (2, set()),
+    "python -m variants": (3, {"rich"}),
+    "run.py --help": (30, HYDRA),
+}
+
+
+@pytest.mark.parametrize("name", [*BOUNDS, "variants.attach", "run.py dry=true", FIRST_STEP])
+def test_a_start_imports_what_it_needs(name: str) -> None:
+    """No package before it is used: what there is at the start's end, in a process of its own."""
+    every = modules(name)
+    bare = {package(module) for module in modules("python")}
+    found = {package(module) for module in every} - bare - {"own", "python"}
+    found = {name for name in found if not name.startswith(("_", "cython"))}  # parts of others
+    assert not found & set(LATE)
+    if name != FIRST_STEP:
+        assert not found & {"transformers", "scipy", "sympy", "tokenizers", "safetensors"}
+    if name in BOUNDS:
+        most, others = BOUNDS[name]
+        assert sum(package(module) == "own" for module in every) <= most
+        assert found <= others, found - others
