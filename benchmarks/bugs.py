@@ -980,8 +980,8 @@ BUGS = [
     ),
     Bug(
         "_api",
-        "F.linear(layer.dropout(x), (W - W0).to(x.dtype))",
-        "F.linear(layer.dropout(x), W.to(x.dtype))",
+        "self.weight(layer.W0, p, s) - layer.W0)",
+        "self.weight(layer.W0, p, s))",
         "under dropout W0 counts twice",
         "sinelora; delora; full; fourierft",
     ),
@@ -1746,10 +1746,30 @@ BUGS = [
     ),
     Bug(
         "_api",
-        "F.linear(layer.dropout(x), change.to(x.dtype))",
-        "F.linear(x, change.to(x.dtype))",
+        "made_product(layer.dropout(x), p, lambda p: self.change(",
+        "made_product(x, p, lambda p: self.change(",
         "no dropout on the change",
         "sinelora; delora; hira",
+    ),
+    Bug(
+        "_product",
+        "(g.mT @ seen[i].reshape(-1, seen[i].shape[-1]))",
+        "(2 * g.mT @ seen[i].reshape(-1, seen[i].shape[-1]))",
+        "the gradient of a matrix that is made again, doubled",
+        "loha; randlora",
+    ),
+    Bug(
+        "_product",
+        "            g = g @ own[i]",
+        "            g = g @ own[i] * 0.5",
+        "half of what goes back through a matrix that is made again",
+        "loha; randlora",
+    ),
+    Bug(
+        "randlora",
+        "            return s * A, B",
+        "            return A, B",
+        "s forgotten in the product",
     ),
     # and a third time
     Bug("vblora", "top.values.softmax(-1)", "top.values.sigmoid()", "gates for a mixture"),

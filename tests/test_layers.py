@@ -422,6 +422,10 @@ WHOLE: dict[str, Any] = {"form": {"name": "dora", "detach_norm": False}}
         ("ia3", {}),
         ("lora", {"base": "nf4"}),
         ("dora", WHOLE | {"base": "nf4", "dropout": 0.4}),
+        ("loha", {}),
+        ("hira", {"dropout": 0.4}),
+        ("sinelora", {"base": "nf4"}),
+        ("randlora", {}),
     ],
 )
 def test_second_derivatives_are_whole(preset: str, more: dict[str, Any]) -> None:

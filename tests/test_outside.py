@@ -1,19 +1,18 @@
 """A variant from a file of one's own works everywhere a built-in one does."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_run import lab
 
 import variants
 from variants.__main__ import main
 from variants._contract import Toy
 from variants._registry import OUTSIDE, index
 
-ROOT = Path(__file__).parents[1]
 HALF = '''"""HalfLoRA: half of what LoRA is, for a test of files from outside.
 
     W = W0 + s/2 B A
@@ -60,10 +59,6 @@ def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     index.cache_clear()
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-
-
 def test_in_python_saved_and_loaded(half: Path, tmp_path: Path) -> None:
     adapter = variants.attach(Toy(), str(half), rank=2, init="pissa", base="nf4")
     assert adapter.choice.preset == "half" and adapter.choice.form.name == "half"
@@ -96,14 +91,13 @@ def test_a_false_fact_and_a_clause_that_cannot_run_are_broken(
 
 
 def test_on_the_command_line(half: Path, tmp_path: Path) -> None:
-    words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled",
-             f"out_dir={tmp_path}/runs"]  # fmt: skip
-    done = command("run.py", "-m", f"variant=lora,{half}", "rank=2", *words)
-    assert done.returncode == 0 and "half-r2-" in done.stdout, done.stderr
+    words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled"]
+    done = lab("-m", f"variant=lora,{half}", "rank=2", *words, out=tmp_path / "runs")
+    assert "half-r2-" in done.stdout
     (found,) = (tmp_path / "runs").rglob("half-r2-*/env.json")
     assert str(half) in found.read_text()  # its hash is among the sources'
-    done = command("run.py", f"variant={tmp_path}/none.py")
-    assert done.returncode == 1 and done.stderr.strip().endswith("none.py: no such file")
+    done = lab(f"variant={tmp_path}/none.py", out=tmp_path / "runs", code=1)
+    assert done.stderr.strip().endswith("none.py: no such file")
 
 
 def test_a_file_of_several_is_asked_by_name(half: Path) -> None:

@@ -1,7 +1,6 @@
 """Published counts, from shapes alone (analysis.params)."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_run import module
 
 import variants
 from analysis.counts import Published, counted, fits, model_of, published
@@ -181,8 +181,7 @@ def test_the_count_is_what_attach_trains(stories: Path) -> None:
 
 def test_command() -> None:
     words = ["--model", "llama-7b", "--variant", "dora", "--rank", "32", "--targets", LINEAR5]
-    run = [sys.executable, "-m", "analysis.params", *words, "--json"]
-    found = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    found = json.loads(module("analysis.params", *words, "--json").stdout)
     assert found["trainable"] == 56_975_360 and found["total"] == 6_795_390_976
     assert found["fraction"] == pytest.approx(0.00838441)
     assert found["notes"] == []

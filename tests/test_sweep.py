@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import Said, lab, module
+from test_run import Said, _signalled, lab, module
 
 from benchmarks.sweep import TINY, text
 from experiments import lock, plan, record
@@ -199,14 +199,8 @@ def test_an_interrupt_reaches_the_run_and_the_sweep_goes_on_later(
 ) -> None:
     """Ctrl-C in the driver: the run leaves a checkpoint, later ones are not begun."""
     long = [w for w in words if not w.startswith("train.steps")] + ["train.steps=3000"]
-    command = [sys.executable, "run.py", "-m", "rank=1,2", *long, f"out_dir={tmp_path / 'runs'}"]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)  # fmt: skip
-    _wait_for(lambda: [p for p in tmp_path.glob("runs/single/*/metrics.jsonl")
-                       if '"grad_norm"' in p.read_text()])  # fmt: skip
-    driver.send_signal(signal.SIGINT)
-    stderr = driver.communicate(timeout=60)[1]
-    assert driver.returncode == 130 and "interrupted" in stderr
+    code, said = _signalled(1, ["-m", "rank=1,2", *long], tmp_path / "runs", signal.SIGINT)
+    assert code == 130 and "interrupted" in said
     (status,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/single/*/status.json"))
     assert status["status"] == "interrupted" and "after step" in status["error"]
     assert len(list(tmp_path.glob("runs/single/*/checkpoint/last/state.json"))) == 1

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ._product import frozen_product
+from ._product import frozen_product, made_product
 from ._registry import Incompatible
 
 if TYPE_CHECKING:
@@ -97,25 +96,27 @@ class Form(Part):
         """(A [r, n], B [m, r]) where W = W0 + s B A, else None."""
         return None
 
-    def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor | None:
+    def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         """W - W0, where the equation adds it: so that no product in few bits rounds it away."""
-        return None
+        raise NotImplementedError  # not every form has it
 
     def forward(self, x: Tensor, layer: "Adapted") -> Tensor:
-        """y = W0 x + (W - W0) dropout(x), by the factors or the dense W. For `linear` kinds."""
+        """y = W0 x + (W - W0) dropout(x), by the factors or the dense W. For `linear` kinds.
+
+        The dense one is made here and again in backward, and not kept.
+        """
         factors = self.factors(layer.p)
         if factors is not None:
             return layer.product(x, *factors)
-        W0 = layer.W0
-        if layer.drops or x.dtype != wide(x.dtype):
-            change = self.change(W0, layer.p, layer.s)
-            if change is not None:
-                return layer.frozen(x) + F.linear(layer.dropout(x), change.to(x.dtype))
-        W = self.weight(W0, layer.p, layer.s)
+        p, s, bias = layer.p, layer.s, layer.bias_like(x)
+        has_change = type(self).change is not Form.change
+        if has_change and (layer.drops or x.dtype != wide(x.dtype)):
+            change = made_product(layer.dropout(x), p, lambda p: self.change(layer.W0, p, s))
+            return layer.frozen(x) + change
         if not layer.drops:
-            return F.linear(x, W.to(x.dtype), layer.bias_like(x))
-        base = layer.frozen.stored.product(x, layer.bias_like(x))
-        return base + F.linear(layer.dropout(x), (W - W0).to(x.dtype))
+            return made_product(x, p, lambda p: self.weight(layer.W0, p, s), bias)
+        change = made_product(layer.dropout(x), p, lambda p: self.weight(layer.W0, p, s) - layer.W0)
+        return layer.frozen.stored.product(x, bias) + change
 
     def absorbed(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":
         """`stored` with the change in it, exactly and without a new code (in its zero points), for

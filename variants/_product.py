@@ -5,12 +5,13 @@ Each is an autograd function over plain torch operations, so a second derivative
 Legend: x [..., n] (T numbers of n), W [m, n], A [r, n], B [m, r]; D x is x after dropout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from ._dropout import Seed, drop, dropout, places
@@ -18,6 +19,7 @@ from ._dropout import Seed, drop, dropout, places
 if TYPE_CHECKING:
     from ._api import Stored
 
+Made = Callable[..., tuple[Tensor, ...]]
 Decoded = Callable[[torch.dtype], AbstractContextManager[Tensor]]
 
 
@@ -112,8 +114,10 @@ class _Adapted(torch.autograd.Function):
             gx = (plus_back(gx, g, W, decoded) if whole else gx).view(shape)
         if any(ctx.needs_input_grad[1:3]):
             dropped = drop(x.reshape(-1, shape[-1]), at, p)
-            gA = (up.mT @ dropped).to(A.dtype)
-            gB = (g.mT @ (dropped @ A.to(dtype).mT).mul(s)).to(B.dtype)
+            if ctx.needs_input_grad[1]:
+                gA = (up.mT @ dropped).to(A.dtype)
+            if ctx.needs_input_grad[2]:
+                gB = (g.mT @ (dropped @ A.to(dtype).mT).mul(s)).to(B.dtype)
         if ctx.needs_input_grad[6]:
             gb = g.sum(0).to(bias)
         return gx, gA, gB, None if whole else grads[0], None, None, gb, None, None, None
@@ -139,3 +143,70 @@ def adapted(
 def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """y + s B A x."""
     return _Adapted.apply(x, A, B, y, None, None, None, s, 0.0, 0)  # type: ignore[return-value]
+
+
+def _chain(x: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    *before, last = matrices
+    for M in before:
+        x = F.linear(x, M.to(x.dtype))
+    return F.linear(x, last.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Made(torch.autograd.Function):
+    """M_k ... M_1 x + bias; the M are made of p here and again in backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, made: Made, *p: Tensor) -> Tensor:
+        ctx.made, ctx.bias = made, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, *p)
+        return _chain(x, made(*p), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *p = ctx.saved_tensors
+        g, again = grads[0].reshape(-1, grads[0].shape[-1]), torch.is_grad_enabled()
+        learn = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        gb = g.sum(0).to(ctx.bias) if ctx.needs_input_grad[1] else None
+        if not again:  # what is made here is gone before the next layer: no hook need know it
+            p = [t.detach().requires_grad_(i in learn) for i, t in enumerate(p)]
+        with nullcontext() if again else saved_tensors_hooks(_same, _same), torch.enable_grad():
+            made = ctx.made(*p)
+        own, seen = [M.to(g.dtype) if again else M.detach().to(g.dtype) for M in made], [x]
+        learned = [i for i, M in enumerate(made) if M.requires_grad and learn]
+        for M in own[: max(learned, default=0)]:
+            seen.append(F.linear(seen[-1], M))
+        gM: dict[int, Tensor] = {}
+        for i in reversed(range(len(own))):
+            if i in learned:
+                gM[i] = (g.mT @ seen[i].reshape(-1, seen[i].shape[-1])).to(made[i].dtype)
+            if i > min(learned, default=0) or ctx.needs_input_grad[0]:
+                g = g @ own[i]
+        gp: list[Tensor | None] = [None] * len(p)
+        if learned:
+            asked, outputs = [p[i] for i in learn], [made[i] for i in learned]
+            found = torch.autograd.grad(
+                outputs, asked, [gM[i] for i in learned], create_graph=again, allow_unused=True
+            )
+            for i, t in zip(learn, found, strict=True):
+                gp[i] = t
+        return g.view(x.shape) if ctx.needs_input_grad[0] else None, gb, None, *gp
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+def made_product(
+    x: Tensor, p: Mapping[str, Tensor], made: Callable[[dict[str, Tensor]], Any],
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [..., n] -> M x + bias [..., m] in the dtype of x, for M [m, n] = made(p) of the tensors p,
+    or B A x + bias for (A, B) = made(p). Neither is kept."""
+
+    def matrices(*own: Tensor) -> tuple[Tensor, ...]:
+        found = made(dict(zip(p, own, strict=True)))
+        return found if isinstance(found, tuple) else (found,)
+
+    if torch.compiler.is_compiling():  # a compiler decides itself what it makes again
+        return _chain(x, matrices(*p.values()), bias)
+    return _Made.apply(x, bias, matrices, *p.values())  # type: ignore[return-value]

@@ -236,9 +236,9 @@ def outside() -> list[Path]:
 def from_file(name: str) -> str:
     """The name of a variant or a part; for a path, `mine.py` or `mine.py:name`, that in it."""
     given, _, wanted = name.partition(".py:") if ".py:" in name else (name, "", "")
-    path = Path(f"{given}.py" if wanted else given).expanduser().resolve()
-    if path.suffix != ".py":
+    if not wanted and not name.endswith(".py"):
         return name
+    path = Path(f"{given}.py" if wanted else given).expanduser().resolve()
     if not path.is_file():
         raise Incompatible(f"variant={name}: no such file")
     before = os.environ.get(OUTSIDE, "")

@@ -23,8 +23,11 @@ Directions of A and of B are different ones, each of the length m^(1/4) / sqrt(g
 ...  for t in (start.A, start.B)]
 [[(19, 1.0)], [(14, 1.0)]]
 
-In turn, and by PEFT's rule:
+Of the length 1/s, in turn, and by PEFT's rule:
 
+>>> start = LoRAGA(scale="gd").start(torch.zeros(16, 20), 1, 4.0, torch.Generator(), found)
+>>> [round(t.abs().max().item(), 4) for t in (start.A, start.B)]
+[0.25, 0.25]
 >>> start = LoRAGA(direction="ArBr").start(torch.zeros(16, 20), 1, 3.0, torch.Generator(), found)
 >>> [int(t.abs().argmax()) for t in (start.A, start.B)]
 [18, 15]

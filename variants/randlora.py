@@ -47,6 +47,7 @@ from torch import Tensor
 
 from ._api import Form, Tensors
 from ._layer import Adapted
+from ._product import made_product
 from ._registry import Incompatible, preset
 
 
@@ -118,8 +119,13 @@ class RandLoRA(Form, name="randlora"):
         return W0 + s * B @ A
 
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
-        A, B = self._factors(layer.p, layer.out_features, layer.in_features)
-        return layer.product(x, A, B)
+        m, n, s = layer.out_features, layer.in_features, layer.s
+
+        def factors(p: Tensors) -> tuple[Tensor, Tensor]:
+            A, B = self._factors(p, m, n)
+            return s * A, B
+
+        return layer.frozen(x) + made_product(layer.dropout(x), layer.p, factors)
 
 
 preset(
