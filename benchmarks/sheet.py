@@ -77,7 +77,7 @@ class Sheet:
             table.add_column(name.lstrip("<"), justify="left" if name[:1] == "<" else "right")
         for row in kept:
             table.add_row(*row)
-        Console(width=190).print(table)
+        Console(width=240).print(table)
         self.shown.append({"title": title, "columns": list(columns), "rows": kept})
 
     def say(self, text: str) -> None:
