@@ -9,7 +9,6 @@ with the 95 % interval of a median; `*` marks one over its bound. Calls of the d
 """
 
 import argparse
-import json
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import variants
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
 from .memory import TARGETS
+from .sheet import Sheet, marked
 from .step import llama
 
 BOUND, STEPS = 0.30, 100
@@ -121,45 +121,27 @@ def row(
 
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.allocation", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=12)
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
+    sheet = Sheet("allocation", __doc__, rounds=31)
+    sheet.flag("--width", type=int, default=512)
+    sheet.flag("--layers", type=int, default=8)
+    sheet.flag("--rank", type=int, default=12)
+    given = sheet.begin()
     made = [here(given), theirs(given)]
     parts = {"importance": ("importance",), "importance and mask": ("both",),
              "penalty": ("penalty",), "a step with a mask": ("penalty", "both"),
              "a step without": ("penalty", "importance")}  # fmt: skip
-    table = Table(
-        title=f"{7 * given.layers} modules, width {given.width}, rank {given.rank}, "
-        f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
-    )
-    for name in ("", "here ms", "PEFT ms", "time / PEFT", "calls here", "calls PEFT"):
-        table.add_column(name, justify="right")
-    found = []
-    for name, own in parts.items():
-        one = row(name, own, made, given)
-        found.append(one)
-        low, high = one["interval"]
-        over = "*" if one["time"] > BOUND else ""
-        table.add_row(name, *(f"{one['ms'][k]:.2f}" for k in ("here", "PEFT")),
-                      f"{one['time']:.2f} [{low:.2f}, {high:.2f}] of {BOUND:.2f}{over}",
-                      *(str(one["calls"][k]) for k in ("here", "PEFT")))  # fmt: skip
-    Console(width=120).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(found, file, indent=1)
+    found = [row(name, own, made, given) for name, own in parts.items()]
+    sheet.table(
+        f"{7 * given.layers} modules, width {given.width}, rank {given.rank}, {sheet.timed}",
+        ("", "here ms", "PEFT ms", "time / PEFT", "calls here", "calls PEFT"),
+        (
+            (one["part"], *(f"{one['ms'][k]:.2f}" for k in ("here", "PEFT")),
+             marked(one["time"], BOUND, one["interval"]),
+             *(str(one["calls"][k]) for k in ("here", "PEFT")))
+            for one in found
+        ),
+    )  # fmt: skip
+    sheet.write(found)
 
 
 if __name__ == "__main__":

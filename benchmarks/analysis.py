@@ -12,11 +12,9 @@ The differences are relative, to the dense way in float64: of a list of numbers 
 several results the largest. The json is written after each analysis.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +32,9 @@ from analysis.spectra import (
     values,
 )
 from analysis.subspaces import alignment, amplification, directions, similarity
-from experiments.record import write_json
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
+from .sheet import Sheet
 
 ASKED = 20.0  # times faster, in fp32
 NEAR = 1e-5
@@ -137,42 +135,35 @@ def mark(least: float | None, found: float) -> str:
     return "" if least is None or found >= least else " *"
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as it is shown."""
+    low, high = row["interval"]
+    off = row["difference"]
+    return [
+        row["analysis"],
+        *(f"{row['ms'][k]:.1f}" for k in ("dense", "factors")),
+        f"{row['ratio']:.0f} [{low:.0f}, {high:.0f}]{mark(row['asked'], row['ratio'])}",
+        f"{off['factors']:.1e}{mark(-NEAR, -off['factors'])}",
+        f"{off['dense']:.1e}",
+    ]
+
+
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.analysis", description=__doc__)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
+    sheet = Sheet("analysis", __doc__, rounds=3)
+    sheet.flag("--size", type=int, default=4096)
+    sheet.flag("--rank", type=int, default=64)
+    given = sheet.begin()
     rows = []
     for row in measured(given.size, given.rank, given.rounds, given.clock):
         rows.append(row)
-        if given.json:
-            write_json(Path(given.json), rows)
-    table = Table(title=f"{given.size} x {given.size}, rank {given.rank}, fp32, "
-                  f"{torch.get_num_threads()} threads, {given.rounds} rounds, "
-                  f"{given.clock} clock")  # fmt: skip
-    for head in ("analysis", "dense ms", "factors ms", "times faster", "factors off by",
-                 "dense off by"):  # fmt: skip
-        table.add_column(head, justify="left" if head == "analysis" else "right")
-    for row in rows:
-        low, high = row["interval"]
-        off = row["difference"]
-        table.add_row(
-            row["analysis"],
-            *(f"{row['ms'][k]:.1f}" for k in ("dense", "factors")),
-            f"{row['ratio']:.0f} [{low:.0f}, {high:.0f}]{mark(row['asked'], row['ratio'])}",
-            f"{off['factors']:.1e}{mark(-NEAR, -off['factors'])}",
-            f"{off['dense']:.1e}",
-        )
-    Console(width=120).print(table)
+        sheet.write(rows)
+    sheet.table(
+        f"{given.size} x {given.size}, rank {given.rank}, fp32, {sheet.timed}",
+        ("<analysis", "dense ms", "factors ms", "times faster", "factors off by", "dense off by"),
+        map(cells, rows),
+    )
+    sheet.write(rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ tasks and seeds, with scores around a parabola over the rate's logarithm: ten va
 two ranks, five tasks, and as many seeds as make the count. Bounds for 10,000: 60 s, 2 GiB.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from variants._registry import find_preset
+
+from .sheet import Sheet
 
 NAMES = ("lora", "dora", "pissa", "adalora", "rslora", "olora", "milora", "eva", "hira", "vera")
 RATES = tuple(1e-4 * 2**k for k in range(10))
@@ -79,27 +80,24 @@ def make(folder: Path, like: Path, count: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--runs", type=int, default=10_000)
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
-    args = parser.parse_args()
+    """The command."""
+    sheet = Sheet("compare", __doc__)
+    sheet.flag("--runs", type=int, default=10_000)
+    given = sheet.begin()
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        count = make(top / "runs", template(top / "one"), args.runs)
+        count = make(top / "runs", template(top / "one"), given.runs)
         command = ["-m", "analysis.compare", str(top / "runs"), "--out", str(top / "out")]
         began = time.perf_counter()
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         page = (top / "out" / "index.html").stat().st_size
-    found = {"runs": count, "seconds": seconds, "peak_bytes": peak, "page_bytes": page}
-    print(f"{count:,} runs: {seconds:.1f} s (bound {SECONDS:g}), {peak / 2**30:.2f} GiB at most "
-          f"(bound {BYTES / 2**30:g}), a page of {page / 2**20:.1f} MiB")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(found))
+    sheet.say(
+        f"{count:,} runs: {seconds:.1f} s (bound {SECONDS:g}), {peak / 2**30:.2f} GiB at most "
+        f"(bound {BYTES / 2**30:g}), a page of {page / 2**20:.1f} MiB"
+    )
+    sheet.write({"runs": count, "seconds": seconds, "peak_bytes": peak, "page_bytes": page})
 
 
 if __name__ == "__main__":

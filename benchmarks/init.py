@@ -11,7 +11,6 @@ of its matrices takes, counted.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from variants import _svd, attach
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
+from .sheet import Sheet
 
 BOUNDS = {16: 1 / 50, 128: 1 / 8}  # of the exact one's time
 ERROR = 1e-5  # of the singular values
@@ -120,48 +120,38 @@ def sweep(size: int) -> dict[str, Any]:
             "first_s": seconds[0], "others_s": statistics.median(seconds[1:])}  # fmt: skip
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as it is shown: how many times faster than the exact one."""
+    bound = row["time_bound"]
+    late, wrong = bound and row["time"] > bound, row["error"] > ERROR
+    return [
+        str(row["r"]), row["method"], f"{row['s']:.3f}",
+        f"{1 / row['time']:.1f}" + (f" of {1 / bound:.0f}{'*' * late}" if bound else ""),
+        f"{row['error']:.1e}{'*' * wrong}", f"{row['cosine']:.4f}",
+    ]  # fmt: skip
+
+
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.init", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--decay", type=float, default=0.5)
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
+    sheet = Sheet("init", __doc__, rounds=3)
+    sheet.flag("--size", type=int, default=4096)
+    sheet.flag("--decay", type=float, default=0.5)
+    given = sheet.begin()
     W, S, V = spectrum(given.size, given.decay)
     seconds = rounds({"exact": lambda: start(W, 16, "exact")}, given.rounds, given.clock)["exact"]
-    table = Table(title=f"{given.size} x {given.size}, spectrum k^-{given.decay:g}, fp32, "
-                        f"{torch.get_num_threads()} threads, {given.clock} clock")  # fmt: skip
-    for name in ("r", "method", "s", "exact / time", "error of the values", "worst cosine"):
-        table.add_column(name, justify="right")
-    found = []
-    for r in BOUNDS:
-        for row in compare(W, S, V, r, given, seconds):
-            found.append(row)
-            bound = row["time_bound"]
-            late, wrong = bound and row["time"] > bound, row["error"] > ERROR
-            table.add_row(
-                str(r), row["method"], f"{row['s']:.3f}",
-                f"{1 / row['time']:.1f}" + (f" of {1 / bound:.0f}{'*' * late}" if bound else ""),
-                f"{row['error']:.1e}{'*' * wrong}", f"{row['cosine']:.4f}",
-            )  # fmt: skip
-    Console(width=110).print(table)
+    found = [row for r in BOUNDS for row in compare(W, S, V, r, given, seconds)]
+    sheet.table(
+        f"{given.size} x {given.size}, spectrum k^-{given.decay:g}, fp32, {sheet.timed}",
+        ("r", "method", "s", "exact / time", "error of the values", "worst cosine"),
+        map(cells, found),
+    )
     swept = sweep(1024)
-    print(f"{swept['runs']} runs, ranks {SWEPT} with three seeds: {swept['factorizations']} "
-          f"factorizations of {swept['matrices']} matrices, 1024 x 1024; the first run starts in "
-          f"{swept['first_s']:.2f} s, the others in {swept['others_s']:.2f} s")  # fmt: skip
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump({"rows": found, "sweep": swept}, file, indent=1)
+    sheet.say(
+        f"{swept['runs']} runs, ranks {SWEPT} with three seeds: {swept['factorizations']} "
+        f"factorizations of {swept['matrices']} matrices, 1024 x 1024; the first run starts in "
+        f"{swept['first_s']:.2f} s, the others in {swept['others_s']:.2f} s"
+    )
+    sheet.write({"rows": found, "sweep": swept})
 
 
 if __name__ == "__main__":

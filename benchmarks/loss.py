@@ -13,7 +13,6 @@ Peak memory is what lives beyond hidden states and head, exact.
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,8 @@ from experiments.loss import LOGITS, labelled, loss_of, token_nats
 from experiments.measure import Live, storage_bytes
 from experiments.tasks._task import IGNORED
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
+from .sheet import Sheet, marked
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # vocabulary, share of the tokens that is labelled; bounds of time and peak memory
@@ -95,57 +95,37 @@ def compare(case: tuple[Any, ...], given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def marked(value: float, bound: float | None, text: str = "") -> str:
-    """The value beside what it should not exceed."""
-    if bound is None:
-        return f"{value:.3f}{text}"
-    return f"{value:.3f}{text} of {bound:.2f}{'*' if value > bound else ''}"
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as it is shown."""
+    return [
+        f"{row['vocabulary']:,}", f"{row['labelled']:g}",
+        *(f"{row['ms'][k]:.0f}" for k in ("here", "plain", "chosen", "floor")),
+        marked(row["time"], row["time_bound"], row["interval"], digits=3),
+        f"{row['chosen']:.2f}", f"{row['floor']:.2f}",
+        *(f"{row['peak'][k] / 2**20:.1f}" for k in ("here", "plain")),
+        marked(row["memory"], row["memory_bound"], digits=3),
+    ]  # fmt: skip
 
 
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loss", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
-    table = Table(
-        title=f"{given.tokens} tokens, width {given.width}, {given.dtype}, "
-        f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
-    )
-    for name in ("vocabulary", "labelled", "here ms", "plain ms", "chosen ms", "floor ms",
-                 "time / plain", "chosen / plain", "floor / plain", "MiB here", "MiB plain",
-                 "peak / plain"):  # fmt: skip
-        table.add_column(name, justify="right")
+    sheet = Sheet("loss", __doc__, rounds=11)
+    sheet.flag("--width", type=int, default=512)
+    sheet.flag("--tokens", type=int, default=1024)
+    sheet.flag("--dtype", choices=list(DTYPES), default="bf16")
+    given = sheet.begin()
     found = []
     for case in CASES:
         row = compare(case, given)
         found.append(row)
-        low, high = row["interval"]
-        table.add_row(
-            f"{row['vocabulary']:,}", f"{row['labelled']:g}",
-            *(f"{row['ms'][k]:.0f}" for k in ("here", "plain", "chosen", "floor")),
-            marked(row["time"], row["time_bound"], f" [{low:.2f}, {high:.2f}]"),
-            f"{row['chosen']:.2f}", f"{row['floor']:.2f}",
-            *(f"{row['peak'][k] / 2**20:.1f}" for k in ("here", "plain")),
-            marked(row["memory"], row["memory_bound"]),
-        )  # fmt: skip
         print(f"{row['vocabulary']}, {row['labelled']}: {row['time']:.3f}", flush=True)
-    Console(width=190).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(found, file, indent=1)
+    sheet.table(
+        f"{given.tokens} tokens, width {given.width}, {given.dtype}, {sheet.timed}",
+        ("vocabulary", "labelled", "here ms", "plain ms", "chosen ms", "floor ms", "time / plain",
+         "chosen / plain", "floor / plain", "MiB here", "MiB plain", "peak / plain"),
+        map(cells, found),
+    )  # fmt: skip
+    sheet.write(found)
 
 
 if __name__ == "__main__":

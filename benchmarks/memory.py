@@ -8,14 +8,14 @@ it keeps when frozen, which stands beside. What the model holds anyway does not 
 several nodes keep counts once.
 """
 
-import argparse
-import json
 from typing import Any
 
 import torch
 
 import variants
 from experiments.measure import measure
+
+from .sheet import Sheet
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1376,
                          "num_hidden_layers": 2, "num_attention_heads": 8}  # fmt: skip
@@ -77,27 +77,21 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    table = Table(title="MiB kept for backward")
-    for name in ("variant", "dtype", "dropout", "frozen", "here", "PEFT", "ratio",
-                 "PEFT without autocast", "ratio"):  # fmt: skip
-        table.add_column(name, justify="right")
+    sheet = Sheet("memory", __doc__)
+    sheet.begin()
     found = rows()
-    for row in found:
-        table.add_row(
-            row["variant"], row["dtype"], str(row["dropout"]),
-            *(f"{row[k] / 2**20:.1f}" for k in ("frozen", "ours", "peft")), f"{row['ratio']:.2f}",
-            f"{row['peft_no_autocast'] / 2**20:.1f}", f"{row['ratio_no_autocast']:.2f}",
-        )  # fmt: skip
-    Console(width=120).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(found, file, indent=1)
+    sheet.table(
+        "MiB kept for backward",
+        ("variant", "dtype", "dropout", "frozen", "here", "PEFT", "ratio",
+         "PEFT without autocast", "ratio"),
+        (
+            (row["variant"], row["dtype"], str(row["dropout"]),
+             *(f"{row[k] / 2**20:.1f}" for k in ("frozen", "ours", "peft")), f"{row['ratio']:.2f}",
+             f"{row['peft_no_autocast'] / 2**20:.1f}", f"{row['ratio_no_autocast']:.2f}")
+            for row in found
+        ),
+    )  # fmt: skip
+    sheet.write(found)
 
 
 if __name__ == "__main__":

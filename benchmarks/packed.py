@@ -10,8 +10,6 @@ Every round runs each contender once, in turns that begin elsewhere each time. A
 of the rounds' own ratios, with its 95 % interval; `*` marks one over its bound.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +21,9 @@ import variants
 from variants._packed import Pack, twin
 from variants._targets import HEADS
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
 from .memory import DTYPES, TARGETS
+from .sheet import Sheet, marked
 
 VOCABULARY = 512
 NAMES = ("width", "layers", "dtype", "base", "tokens", "slices", "preset")
@@ -146,40 +145,29 @@ def rows(asked: Sequence[Any], count: int, clock: str) -> list[dict[str, Any]]:
     return found
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as it is shown."""
+    shape = (f"{row['preset']} {row['dtype']} {row['base']} width {row['width']} x "
+             f"{row['layers']}, {row['slices']} x {row['tokens']}")  # fmt: skip
+    found = [shape, f"{row['ms']['packed']:.1f}"]
+    for name in ("packed / sequential", "packed / PEFT"):
+        middle, low, high, bound = row.get(name, [None] * 4)
+        found.append("" if middle is None else marked(middle, bound, (low, high), digits=3))
+    return found
+
+
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.packed", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--caps", action="store_true", help="at the launcher's cap on rows")
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    sheet = Sheet("packed", __doc__, rounds=21)
+    sheet.flag("--caps", action="store_true", help="at the launcher's cap on rows")
+    given = sheet.begin()
     found = rows(CAPPED if given.caps else ASKED, given.rounds, given.clock)
-    table = Table(title=f"K slices of one base, {given.threads} threads, {given.clock} time")
-    for name in ("shape", "packed ms", "packed / sequential", "packed / PEFT"):
-        table.add_column(name, justify="right")
-    for row in found:
-        shape = (f"{row['preset']} {row['dtype']} {row['base']} width {row['width']} x "
-                 f"{row['layers']}, {row['slices']} x {row['tokens']}")  # fmt: skip
-        cells = [shape, f"{row['ms']['packed']:.1f}"]
-        for name in ("packed / sequential", "packed / PEFT"):
-            middle, low, high, bound = row.get(name, [None] * 4)
-            over = "*" if bound is not None and middle > bound else ""
-            cells.append("" if middle is None else f"{middle:.3f} ({low:.3f}-{high:.3f}){over}")
-        table.add_row(*cells)
-    Console(width=120).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump({"threads": given.threads, "clock": given.clock, "rows": found}, file,
-                      indent=1)  # fmt: skip
+    sheet.table(
+        f"K slices of one base, {sheet.timed}",
+        ("shape", "packed ms", "packed / sequential", "packed / PEFT"),
+        map(cells, found),
+    )
+    sheet.write({"threads": given.threads, "clock": given.clock, "rows": found})
 
 
 if __name__ == "__main__":

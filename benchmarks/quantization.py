@@ -13,8 +13,6 @@ of the rounds' own ratios, with the 95 % interval of a median (order statistics)
 its bound. On a machine that does other work, one thread and `--clock process` (processor time).
 """
 
-import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -25,7 +23,8 @@ from torch.nn import functional as F
 
 from variants._registry import find_part
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
+from .sheet import Sheet, marked
 
 TOKENS = (1, 16, 64, 256, 1024, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -146,58 +145,36 @@ def alone(dtype: str, double: bool, count: int, clock: str) -> list[dict[str, An
 
 def cell(found: dict[str, Any] | None) -> str:
     """1.08 [1.06, 1.11] of 1.10, with a mark where the median is over its bound."""
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    text = f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
-    if found["bound"] is None:
-        return text
-    return f"{text} of {found['bound']:.2f}{'*' if found['ratio'] > found['bound'] else ''}"
+    return "" if found is None else marked(found["ratio"], found["bound"], found["interval"])
 
 
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
+    sheet = Sheet("quantization", __doc__, rounds=21)
+    sheet.flag("--double", action="store_true", help="quantize the scales as well")
+    given = sheet.begin()
+    found: list[dict[str, Any]] = []
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description=__doc__)
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--double", action="store_true", help="quantize the scales as well")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
-    console = Console(width=170)
-    settings = f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
-    rows: list[dict[str, Any]] = []
+    def show(title: str, rows: list[dict[str, Any]], keys: tuple[str, ...], ms: tuple[str, ...],
+             ratios: tuple[str, ...]) -> None:  # fmt: skip
+        found.extend(rows)
+        sheet.table(
+            f"{title}, {sheet.timed}",
+            (keys[0], "", *(f"{name} ms" for name in ms), *ratios),
+            ((*(str(row[key]) for key in keys), *(f"{row['ms'][name]:.2f}" for name in ms),
+              *(cell(row.get(name)) for name in ratios)) for row in rows),
+        )  # fmt: skip
+
     for dtype in DTYPES:
-        table = Table(title=f"2048 x 2048, {dtype}, {settings}")
-        shown = ["torch / dense", "torch / bnb", "compiled / bnb", "backend / bnb",
-                 "bnb parts / bnb", "compiled / dense"]  # fmt: skip
-        for name in ("tokens", "", "dense ms", "bnb ms", *shown):
-            table.add_column(name, justify="right")
-        for row in product_rows(dtype, given.double, given.rounds, given.clock):
-            rows.append(row)
-            table.add_row(
-                str(row["tokens"]), row["direction"],
-                *(f"{row['ms'][name]:.2f}" for name in ("dense", "bnb")),
-                *(cell(row.get(name)) for name in shown),
-            )  # fmt: skip
-        console.print(table)
-    table = Table(title=f"4096 x 4096, {settings}")
-    shown = ["torch / bnb", "compiled / bnb", "torch, fresh / bnb", "compiled, fresh / bnb"]
-    for name in ("dtype", "", "bnb ms", *shown):
-        table.add_column(name, justify="right")
-    for dtype in DTYPES:
-        for row in alone(dtype, given.double, given.rounds, given.clock):
-            rows.append(row)
-            table.add_row(row["dtype"], row["what"], f"{row['ms']['bnb']:.2f}",
-                          *(cell(row.get(name)) for name in shown))  # fmt: skip
-    console.print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        rows = product_rows(dtype, given.double, given.rounds, given.clock)
+        shown = ("torch / dense", "torch / bnb", "compiled / bnb", "backend / bnb",
+                 "bnb parts / bnb", "compiled / dense")  # fmt: skip
+        show(f"2048 x 2048, {dtype}", rows, ("tokens", "direction"), ("dense", "bnb"), shown)
+    rows = [row for dtype in DTYPES for row in alone(dtype, given.double, given.rounds,
+                                                     given.clock)]  # fmt: skip
+    shown = ("torch / bnb", "compiled / bnb", "torch, fresh / bnb", "compiled, fresh / bnb")
+    show("4096 x 4096", rows, ("dtype", "what"), ("bnb",), shown)
+    sheet.write(found)
 
 
 if __name__ == "__main__":

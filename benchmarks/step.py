@@ -13,7 +13,6 @@ Bytes are all that autograd keeps for backward; they and FLOPs are exact.
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import warnings
@@ -25,7 +24,8 @@ import torch
 import variants
 from experiments.measure import measure
 
-from .clock import CLOCKS, ratio, rounds
+from .clock import ratio, rounds
+from .sheet import Sheet, marked
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABULARY = 512
@@ -151,56 +151,35 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield compare(method, given)
 
 
-def marked(value: float, bound: float | None, text: str = "") -> str:
-    """The value beside what it should not exceed."""
-    if bound is None:
-        return f"{value:.2f}{text}"
-    return f"{value:.2f}{text} of {bound:.2f}{'*' if value > bound else ''}"
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row as it is shown."""
+    return [
+        row["method"], *(f"{row['ms'][k]:.1f}" for k in ("here", "PEFT", "floor")),
+        marked(row["time"], row["time_bound"], row["interval"]), f"{row['floor']:.2f}",
+        *(f"{row['kept'][k] / 2**20:.1f}" for k in ("here", "PEFT")),
+        marked(row["kept_ratio"], row["kept_bound"]), f"{row['flops']:.2f}",
+    ]  # fmt: skip
 
 
 def main() -> None:
     """The command."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--only", default="", help="methods whose name has this")
-    parser.add_argument("--threads", type=int, help="of torch; all that it takes, by default")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--json", help="write the rows there as well")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads or torch.get_num_threads())
-    title = (
-        f"width {given.width}, {given.layers} layers, {given.tokens} tokens, "
-        f"{torch.get_num_threads()} threads, {given.rounds} rounds, {given.clock} clock"
-    )
-    table = Table(title=title)
-    for name in ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT",
-                 "MiB here", "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"):  # fmt: skip
-        table.add_column(name, justify="right")
+    sheet = Sheet("step", __doc__, rounds=11)
+    sheet.flag("--only", default="", help="methods whose name has this")
+    sheet.flag("--width", type=int, default=512)
+    sheet.flag("--layers", type=int, default=2)
+    sheet.flag("--tokens", type=int, default=1024)
+    given = sheet.begin()
     found = []
     for row in rows(given):
         found.append(row)
-        low, high = row["interval"]
-        table.add_row(
-            row["method"], *(f"{row['ms'][k]:.1f}" for k in ("here", "PEFT", "floor")),
-            marked(row["time"], row["time_bound"], f" [{low:.2f}, {high:.2f}]"),
-            f"{row['floor']:.2f}", *(f"{row['kept'][k] / 2**20:.1f}" for k in ("here", "PEFT")),
-            marked(row["kept_ratio"], row["kept_bound"]),
-            f"{row['flops']:.2f}",
-        )  # fmt: skip
         print(f"{row['method']}: {row['time']:.2f}", flush=True)
-    Console(width=190).print(table)
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(found, file, indent=1)
+    sheet.table(
+        f"width {given.width}, {given.layers} layers, {given.tokens} tokens, {sheet.timed}",
+        ("method", "here ms", "PEFT ms", "floor ms", "time / PEFT", "floor / PEFT", "MiB here",
+         "MiB PEFT", "bytes / PEFT", "FLOPs / PEFT"),
+        map(cells, found),
+    )  # fmt: skip
+    sheet.write(found)
 
 
 if __name__ == "__main__":

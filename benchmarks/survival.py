@@ -6,7 +6,6 @@ has to go on by itself. Then every run must have one result, no result may have 
 the results, files and adapters must be those of a sweep that nobody disturbed (a sample of 20).
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep import ROOT, TINY, text
+from .sheet import Sheet
+from .sweep import ROOT, TINY, text
 
 SAMPLE, STEPS = 20, 6
 SETTINGS = [*TINY, f"train.steps={STEPS}", "train.checkpoint_every=1"]
@@ -46,20 +46,20 @@ class Sweep:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=200, help="a multiple of 4")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--workers", action="store_true", help="kill joblib's, not the driver")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    """The command."""
+    sheet = Sheet("survival", __doc__)
+    sheet.flag("--runs", type=int, default=200, help="a multiple of 4")
+    sheet.flag("--kills", type=int, default=20)
+    sheet.flag("--workers", action="store_true", help="kill joblib's, not the driver")
+    sheet.flag("--seed", type=int, default=0)
+    given = sheet.begin()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         found = survive(Path(folder), given.runs, given.kills, given.workers, given.seed)
     whom = "a worker" if given.workers else "the driver"
     counts = ", ".join(f"{value} {name}" for name, value in found.items())
-    print(f"{given.runs} runs, {given.kills} kills of {whom}: {counts}")
+    sheet.say(f"{given.runs} runs, {given.kills} kills of {whom}: {counts}")
+    sheet.write(found)
     return int(
         found["results"] != given.runs or any(found[k] for k in ("twice", "lost", "corrupt"))
     )

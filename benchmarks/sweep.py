@@ -6,7 +6,6 @@ deciding, in a process of its own, that they are all finished; and what a tiny r
 beside its training and scoring, for the first run of a worker and for the others.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -22,6 +21,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .sheet import Sheet
 
 ROOT = Path(__file__).parents[1]
 # a tiny model without old skills to score: what is left of a run is its overhead
@@ -117,30 +118,30 @@ def overheads(out: Path, runs: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--jobs", type=int, default=1000, help="a multiple of 20")
-    parser.add_argument("--runs", type=int, default=8)
-    given = parser.parse_args()
+    """The command."""
+    sheet = Sheet("sweep", __doc__)
+    sheet.flag("--jobs", type=int, default=1000, help="a multiple of 20")
+    sheet.flag("--runs", type=int, default=8)
+    given = sheet.begin()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         words = words_of(out, given.jobs // 20)
         new = plan_and_launch(words)
         each = {name: f"{seconds / given.jobs:.3f} s" for name, seconds in new.items()}
-        print(f"{given.jobs} new jobs, planned and launched: {_said(new)}")
-        print(f"  a job: {each['clock']} ({each['processor']} of the processor)")
+        sheet.say(f"{given.jobs} new jobs, planned and launched: {_said(new)}")
+        sheet.say(f"  a job: {each['clock']} ({each['processor']} of the processor)")
         finish_all(out)
         known, said = run(words)
         assert f"{given.jobs} runs: {given.jobs} done; nothing to run" in said, said[:500]
-        print(f"{given.jobs} known jobs, found finished:     {_said(known)}")
+        sheet.say(f"{given.jobs} known jobs, found finished: {_said(known)}")
         spent = overheads(out, given.runs)
         rest = sorted(spent[1:])
-        print(
+        sheet.say(
             f"a run beside its training and scoring: {spent[0]:.2f} s for the first, then "
             f"{statistics.median(rest):.2f} s (of {len(rest)}; at most {rest[-1]:.2f} s)"
         )
+    sheet.write({"jobs": given.jobs, "new": new, "known": known, "overheads_s": spent})
 
 
 def _said(found: dict[str, float]) -> str:

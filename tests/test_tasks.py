@@ -10,9 +10,10 @@ import pytest
 
 from experiments.pretrain import make_tokenizer
 from experiments.tasks import BadInput, Item, tasks
+from experiments.tasks._scores import classification, regression
 from experiments.tasks._task import IGNORED, cut, final_number, pairs, token_ids
 from experiments.tasks.choice import Choice
-from experiments.tasks.classify import Classify, classification, regression
+from experiments.tasks.classify import Classify
 from experiments.tasks.gsm8k import GSM8K
 from experiments.tasks.jsonl import Jsonl
 from experiments.tasks.lm import LanguageModelling

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Seed = int | Tensor
+
 
 class _Dropout(torch.autograd.Function):
     """Its derivative is itself, so any order of them keeps the seed alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, seed: Seed) -> Tensor:
         ctx.settings = p, seed
         return drop(x, places(x.numel(), p, seed, x.device), p)
 
@@ -37,12 +39,12 @@ class _Dropout(torch.autograd.Function):
         return dropout(grads[0], *ctx.settings), None, None
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
     """x with a share p set to zero and the rest scaled by 1 / (1 - p)."""
     return _Dropout.apply(x, p, seed)  # type: ignore[return-value]
 
 
-def places(count: int, p: float, seed: int, device: torch.device) -> Tensor | None:
+def places(count: int, p: float, seed: Seed, device: torch.device) -> Tensor | None:
     """Which of `count` numbers are dropped, in order; where there are fewer than that, `count`.
 
     From one to the next it is a geometric number of steps, so there are p draws for a number where
@@ -52,7 +54,16 @@ def places(count: int, p: float, seed: int, device: torch.device) -> Tensor | No
     if p == 0:
         return None
     most = min(count, math.ceil(count * p + 6 * math.sqrt(count * p) + 16))
-    generator = torch.Generator(device).manual_seed(seed)
+    if torch.compiler.is_compiling():
+        from . import _compiled
+
+        return _compiled.places(count, most, p, seed, device)
+    return drawn(count, most, p, seed, device)
+
+
+def drawn(count: int, most: int, p: float, seed: Seed, device: torch.device) -> Tensor:
+    """`places`, `most` of them."""
+    generator = torch.Generator(device).manual_seed(int(seed))
     u = torch.empty(most, device=device).uniform_(generator=generator)
     steps = u.neg_().add_(1).log_().mul_(1 / math.log1p(-p)).long()
     return steps.add_(1).cumsum_(0).sub_(1).clamp_(max=count)
@@ -87,6 +98,10 @@ def drop(x: Tensor, at: Tensor | None, p: float) -> Tensor:
     return _Drop.apply(x, at, p) if torch.is_grad_enabled() else _drop(x, at, p)  # type: ignore[return-value]
 
 
-def draw_seed() -> int:
-    """A seed from torch's global CPU generator, which checkpoints and recomputation restore."""
-    return int(torch.randint(2**62, ()).item())
+def draw_seed() -> Seed:
+    """A seed from torch's global CPU generator, which checkpoints and recomputation restore.
+
+    A tensor under torch.compile, whose graph would else be another for each number.
+    """
+    seed = torch.randint(2**62, ())
+    return seed if torch.compiler.is_compiling() else int(seed.item())

@@ -194,6 +194,6 @@ class Remaking:
     def end(self, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        within = self.open.pop()
+        within = self.open.pop() if self.open else None  # empty: `begin` was compiled, this is not
         if within is not None:
             within.__exit__()

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from ._api import Base, Form, Stored, Tensors, wide
-from ._dropout import draw_seed, dropout
+from ._dropout import Seed, draw_seed, dropout
 from ._kinds import Keeper, Kind, kind_of
 from ._product import adapted
 from ._registry import Incompatible
@@ -75,6 +75,14 @@ class Frozen(Keeper):
         return self.stored.dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.stored.group:
+            from ._compiled import apart
+
+            return apart(self, x)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's outputs."""
         if self.kind.linear:
             return self.stored.product(x, self.bias)
         return self.kind.product(x, self.stored.dense(), self.bias)
@@ -244,7 +252,7 @@ class Adapted(nn.Module):
         """Whether dropout acts now."""
         return self.training and self.p_drop > 0
 
-    def draw_dropout(self) -> tuple[float, int]:
+    def draw_dropout(self) -> tuple[float, Seed]:
         """(probability, seed of the mask, from torch's global generator) of this forward."""
         return (self.p_drop, draw_seed()) if self.drops else (0.0, 0)
 
@@ -258,6 +266,14 @@ class Adapted(nn.Module):
         return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self.frozen.stored.group:
+            from ._compiled import apart
+
+            return apart(self, x)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's outputs, under autocast or not."""
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return self._forward(x)

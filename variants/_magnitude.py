@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._dropout import drop, places
+from ._dropout import Seed, drop, places
 from ._product import Decoded, lent, plus_back
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class _Corrected(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, c: Tensor, given: Tensor | None,
         W: Tensor | None, decoded: Decoded | None, bias: Tensor | None, s: float, p: float,
-        seed: int,
+        seed: Seed,
     ) -> Tensor:  # fmt: skip
         flat, change = x.reshape(-1, x.shape[-1]), (c - 1).to(x.dtype)
         dropped = drop(flat, places(x.numel(), p, seed, x.device), p)
@@ -104,7 +104,7 @@ class _Corrected(torch.autograd.Function):
 
 def corrected(
     x: Tensor, base: "Stored", bias: Tensor | None, A: Tensor, B: Tensor, c: Tensor, s: float,
-    p: float, seed: int,
+    p: float, seed: Seed,
 ) -> Tensor:  # fmt: skip
     """x [..., n] -> W x + bias + (c (W + s B A) - W) dropout(x) [..., m], W = `base`, c [m]."""
     W = base.resident(x.dtype)

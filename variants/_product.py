@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from ._dropout import drop, dropout, places
+from ._dropout import Seed, drop, dropout, places
 
 if TYPE_CHECKING:
     from ._api import Stored
@@ -87,7 +87,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, given: Tensor | None, W: Tensor | None,
-        decoded: Decoded | None, bias: Tensor | None, s: float, p: float, seed: int,
+        decoded: Decoded | None, bias: Tensor | None, s: float, p: float, seed: Seed,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
         down = F.linear(drop(flat, places(x.numel(), p, seed, x.device), p), A.to(x.dtype)).mul_(s)
@@ -125,7 +125,7 @@ class _Adapted(torch.autograd.Function):
 
 def adapted(
     x: Tensor, base: "Stored", bias: Tensor | None, A: Tensor, B: Tensor, s: float,
-    p: float = 0.0, seed: int = 0,
+    p: float = 0.0, seed: Seed = 0,
 ) -> Tensor:  # fmt: skip
     """x [..., n] -> W x + bias + s B A dropout(x) [..., m], W = `base`, in the dtype of x.
 

@@ -118,7 +118,11 @@ def row_norms(layer: Adapted, A: Tensor, B: Tensor, s: float) -> Tensor:
     square = ((B @ (A @ A.mT)) * B).sum(1)
     squared = layer.row_squares + 2 * s * cross + s**2 * square
     cancelled = squared < CANCELLED * layer.row_squares
-    if cancelled.any():
+    if torch.compiler.is_compiling():
+        from ._compiled import directly
+
+        squared = directly(squared, cancelled, W0, A, s * B)
+    elif cancelled.any():
         rows = W0[cancelled] + s * B[cancelled] @ A
         squared = squared.masked_scatter(cancelled, rows.square().sum(1))
     return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()

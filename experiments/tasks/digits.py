@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ._task import BadInput, Example, Item, Splits, Task, require
-from .classify import classification
 
 PARITIES = ("even", "odd")
 CLASSES = ["0-1", "2-3", "4-5", "6-7", "8-9"]
@@ -65,6 +64,8 @@ class Digits(Task):
         return found
 
     def metrics(self, items: Sequence[Item], predictions: Sequence[str]) -> dict[str, float]:
+        from ._scores import classification
+
         return classification([item.response for item in items], list(predictions), CLASSES)
 
 
