@@ -1746,7 +1746,7 @@ BUGS = [
     ),
     Bug(
         "_api",
-        "made_product(layer.dropout(x), p, lambda p: self.change(",
+        "layer.made_product(x, p, lambda p: self.change(",
         "made_product(x, p, lambda p: self.change(",
         "no dropout on the change",
         "sinelora; delora; hira",
@@ -1763,6 +1763,13 @@ BUGS = [
         "            g = g @ own[i]",
         "            g = g @ own[i] * 0.5",
         "half of what goes back through a matrix that is made again",
+        "loha; randlora",
+    ),
+    Bug(
+        "_product",
+        "gx = drop(g.view(x.shape), at, dropped)",
+        "gx = g.view(x.shape)",
+        "the mask forgotten behind a matrix that is made again",
         "loha; randlora",
     ),
     Bug(

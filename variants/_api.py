@@ -111,11 +111,11 @@ class Form(Part):
         p, s, bias = layer.p, layer.s, layer.bias_like(x)
         has_change = type(self).change is not Form.change
         if has_change and (layer.drops or x.dtype != wide(x.dtype)):
-            change = made_product(layer.dropout(x), p, lambda p: self.change(layer.W0, p, s))
+            change = layer.made_product(x, p, lambda p: self.change(layer.W0, p, s))
             return layer.frozen(x) + change
         if not layer.drops:
             return made_product(x, p, lambda p: self.weight(layer.W0, p, s), bias)
-        change = made_product(layer.dropout(x), p, lambda p: self.weight(layer.W0, p, s) - layer.W0)
+        change = layer.made_product(x, p, lambda p: self.weight(layer.W0, p, s) - layer.W0)
         return layer.frozen.stored.product(x, bias) + change
 
     def absorbed(self, stored: "Stored", p: Tensors, s: float) -> "Stored | None":

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from ._api import Base, Form, Stored, Tensors, wide
 from ._dropout import Seed, draw_seed, dropout
 from ._kinds import Keeper, Kind, kind_of
-from ._product import adapted
+from ._product import adapted, made_product
 from ._registry import Incompatible
 
 
@@ -264,6 +264,11 @@ class Adapted(nn.Module):
         """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
         frozen = self.frozen
         return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())
+
+    def made_product(self, x: Tensor, p: Tensors, made: Callable[[Tensors], Any]) -> Tensor:
+        """M dropout(x) for M [m, n] = made(p), or B A dropout(x) for (A, B) = made(p), keeping x
+        alone for backward."""
+        return made_product(x, p, made, None, self.draw_dropout())
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.frozen.stored.group:

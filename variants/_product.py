@@ -153,25 +153,33 @@ def _chain(x: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None) -> Tens
 
 
 class _Made(torch.autograd.Function):
-    """M_k ... M_1 x + bias; the M are made of p here and again in backward, and never kept."""
+    """M_k ... M_1 D x + bias; D x and the M, of p, are made here and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, made: Made, *p: Tensor) -> Tensor:
-        ctx.made, ctx.bias = made, None if bias is None else bias.dtype
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, made: Made, drops: tuple[float, Seed], *p: Tensor
+    ) -> Tensor:
+        ctx.made, ctx.drops, ctx.bias = made, drops, None if bias is None else bias.dtype
         ctx.save_for_backward(x, *p)
-        return _chain(x, made(*p), bias)
+        at = places(x.numel(), *drops, x.device)
+        return _chain(drop(x, at, drops[0]), made(*p), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *p = ctx.saved_tensors
         g, again = grads[0].reshape(-1, grads[0].shape[-1]), torch.is_grad_enabled()
-        learn = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        learn = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        dropped, seed = ctx.drops
+        at = places(x.numel(), dropped, seed, x.device)
         gb = g.sum(0).to(ctx.bias) if ctx.needs_input_grad[1] else None
         if not again:  # what is made here is gone before the next layer: no hook need know it
             p = [t.detach().requires_grad_(i in learn) for i, t in enumerate(p)]
         with nullcontext() if again else saved_tensors_hooks(_same, _same), torch.enable_grad():
             made = ctx.made(*p)
-        own, seen = [M.to(g.dtype) if again else M.detach().to(g.dtype) for M in made], [x]
+        own, seen = (
+            [M.to(g.dtype) if again else M.detach().to(g.dtype) for M in made],
+            [drop(x, at, ctx.drops[0])],
+        )
         learned = [i for i, M in enumerate(made) if M.requires_grad and learn]
         for M in own[: max(learned, default=0)]:
             seen.append(F.linear(seen[-1], M))
@@ -189,7 +197,8 @@ class _Made(torch.autograd.Function):
             )
             for i, t in zip(learn, found, strict=True):
                 gp[i] = t
-        return g.view(x.shape) if ctx.needs_input_grad[0] else None, gb, None, *gp
+        gx = drop(g.view(x.shape), at, dropped) if ctx.needs_input_grad[0] else None
+        return gx, gb, None, None, *gp
 
 
 def _same(t: Tensor) -> Tensor:
@@ -198,15 +207,16 @@ def _same(t: Tensor) -> Tensor:
 
 def made_product(
     x: Tensor, p: Mapping[str, Tensor], made: Callable[[dict[str, Tensor]], Any],
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, drops: tuple[float, Seed] = (0.0, 0),
 ) -> Tensor:  # fmt: skip
-    """x [..., n] -> M x + bias [..., m] in the dtype of x, for M [m, n] = made(p) of the tensors p,
-    or B A x + bias for (A, B) = made(p). Neither is kept."""
+    """x [..., n] -> M D x + bias [..., m] in the dtype of x, for M [m, n] = made(p) of the tensors
+    p, or B A D x + bias for (A, B) = made(p); D x is x after dropout, by `drops` = (probability,
+    seed). None of them is kept."""
 
     def matrices(*own: Tensor) -> tuple[Tensor, ...]:
         found = made(dict(zip(p, own, strict=True)))
         return found if isinstance(found, tuple) else (found,)
 
     if torch.compiler.is_compiling():  # a compiler decides itself what it makes again
-        return _chain(x, matrices(*p.values()), bias)
-    return _Made.apply(x, bias, matrices, *p.values())  # type: ignore[return-value]
+        return _chain(dropout(x, *drops) if drops[0] else x, matrices(*p.values()), bias)
+    return _Made.apply(x, bias, matrices, drops, *p.values())  # type: ignore[return-value]

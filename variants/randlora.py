@@ -47,7 +47,6 @@ from torch import Tensor
 
 from ._api import Form, Tensors
 from ._layer import Adapted
-from ._product import made_product
 from ._registry import Incompatible, preset
 
 
@@ -125,7 +124,7 @@ class RandLoRA(Form, name="randlora"):
             A, B = self._factors(p, m, n)
             return s * A, B
 
-        return layer.frozen(x) + made_product(layer.dropout(x), layer.p, factors)
+        return layer.frozen(x) + layer.made_product(x, layer.p, factors)
 
 
 preset(
