@@ -23,35 +23,69 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets
+from .spectra import Change, Factors, Triplets, lengths
+
+NEAR = 1e-6  # of either mean: what rounding may add to it
+ROWS = 32  # at once, where rows are formed
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
     """(dM, dD) of W = W0 + dW: the means over rows of | ||w|| - ||w0|| | and of 1 - cos(w, w0).
 
-    Both come from ||dw||^2 and <w0, dw>, so that a small change keeps its digits:
+    Of factors both come from ||w0||, ||dw|| and <w0, dw>, for which W0 is read twice and no row of
+    dW is formed:
     ||w|| - ||w0|| = (2 <w0, dw> + ||dw||^2) / (||w|| + ||w0||), and
-    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). A row of zeros does not count.
+    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). Rows in which these cancel (dw is
+    nearly -w0, along w0, or across it and small) are formed in float64. A row of zeros does not
+    count.
     """
     W0 = W0.detach().to(wide(W0.dtype))
-    if isinstance(dW, Triplets):
-        dW = Factors(dW.Vh, dW.U * dW.S)
-    if isinstance(dW, Factors):  # dW's rows are those of s B in the metric A A^T
-        A, B = dW.A.detach().double(), dW.s * dW.B.detach().double()
-        cross = ((W0 @ A.mT.to(W0)).double() * B).sum(1)
-        change = ((B @ (A @ A.mT)) * B).sum(1).clamp_min(0)
+    if isinstance(dW, Tensor):
+        parts = zip(W0.split(ROWS), dW.detach().split(ROWS), strict=True)
+        moved, turned = map(torch.cat, zip(*(_formed(w0, dw) for w0, dw in parts), strict=True))
     else:
-        own = dW.detach().to(W0)
-        cross = (W0 * own).sum(1, dtype=torch.float64)
-        change = own.square().sum(1, dtype=torch.float64)
-    before = torch.linalg.vector_norm(W0, dim=1, dtype=torch.float64)
+        moved, turned = _thin(W0, dW)
+    counted = ~turned.isnan()
+    if not counted.any():
+        return math.nan, math.nan
+    return moved[counted].abs().mean().item(), turned[counted].mean().item()
+
+
+def _formed(W0: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
+    """(||w|| - ||w0||, 1 - cos(w, w0)) of each row, in float64; nan for a row of zeros."""
+    w0, dw = W0.double(), dW.double()
+    w = w0 + dw
+    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (w0, w))
+    moved = ((w + w0) * dw).sum(1) / (before + after)[:, 0]
+    return moved, (w / after - w0 / before).square().sum(1) / 2
+
+
+def _thin(W0: Tensor, dW: Factors | Triplets) -> tuple[Tensor, Tensor]:
+    """The same without dW: with A^T = P T, the rows of s B T^T are dW's in the basis P."""
+    if isinstance(dW, Factors):
+        P, T = torch.linalg.qr(dW.A.detach().double().mT)
+        own = dW.s * dW.B.detach().double() @ T.mT
+    else:
+        P, own = dW.Vh.mT.double(), (dW.U * dW.S).double()
+    before, change = lengths(W0), own.square().sum(1)
+    cross = ((W0 @ P.to(W0)).double() * own).sum(1)
     after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
     moved = (2 * cross + change) / (before + after)
     turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
-    rows = (before > 0) & (after > 0)
-    if not rows.any():
-        return math.nan, math.nan
-    return moved[rows].abs().mean().item(), turned[rows].mean().item()
+    turned[(before == 0) | (after == 0)] = math.nan  # formed below, where `after` is only near 0
+
+    # what rounding in W0's dtype adds to each row; over m rows it adds up as their root
+    eps = 2 * torch.finfo(W0.dtype).eps
+    cross_off = eps * before * change.sqrt()
+    after_off = (eps * before.square() + cross_off) / after
+    moved_off = 2 * cross_off / (before + after)
+    moved_off += moved.abs() * (eps + after_off / (before + after))
+    turned_off = moved.abs() * moved_off / (before * after) + turned * (eps + after_off / after)
+    share = NEAR * math.sqrt(len(before))
+    near = (moved_off <= share * moved.abs().nanmean()) & (turned_off <= share * turned.nanmean())
+    for rows in (~near).nonzero()[:, 0].split(ROWS):
+        moved[rows], turned[rows] = _formed(W0[rows], own[rows] @ P.mT)
+    return moved, turned
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

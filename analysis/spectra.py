@@ -125,6 +125,11 @@ def frobenius(dW: Change) -> float:
     return torch.linalg.vector_norm(t, dtype=torch.float64).item()
 
 
+def lengths(W: Tensor) -> Tensor:
+    """The norms of W's rows [m], summed in W's dtype: many times faster than in float64."""
+    return torch.linalg.vector_norm(W, dim=1).double()
+
+
 def effective_rank(S: Tensor) -> float:
     """exp of the entropy of S / sum(S) (Roy & Vetterli, 2007), S the singular values; 0 of none."""
     S = S.double()
