@@ -110,11 +110,13 @@ def of_amplification(x: Matrix, asked: Asked) -> dict[str, Any]:
 
 def of_alignment(x: Matrix, asked: Asked) -> dict[str, Any]:
     """The share of dW's energy in the top and the bottom singular subspaces of W0."""
-    m, n = x.W0.shape
+    (m, n), k = x.W0.shape, max(1, x.rank)
+    found: dict[str, Any] = alignment(x.base, x.svd, k) | {"k": k}
+    if not x.rank:  # no change, so no energy
+        return dict.fromkeys(found) | {"cumulative": []}
     profile = energies(x.base, x.svd, "left" if m <= n else "right").cumsum(0)  # which span all
     at = [max(0, round(len(profile) * p / 100) - 1) for p in PERCENT]
-    k = max(1, x.rank)
-    return alignment(x.base, x.svd, k) | {"k": k, "cumulative": profile[at].tolist()}
+    return found | {"cumulative": profile[at].tolist()}
 
 
 def of_intruders(x: Matrix, asked: Asked) -> dict[str, Any]:

@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .tables import tex_of
+
 VERDICTS = ("variant", "rank", "task", "verdict", "effect", "low", "high", "p", "n", "lr",
             "score_naive", "score_corrected", "reason")  # fmt: skip
-_TEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # fmt: skip
-
-
 RATES = ("lr", "chosen", "paper_lr", "baseline_lr")  # columns of learning rates
 
 
@@ -66,14 +63,10 @@ def tex(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """
     numeric = [all(not isinstance(row.get(k), str) for row in rows) for k in keys]
     sides = "".join("r" if n else "l" for n in numeric)
-    heads = " & ".join(_escaped(k.replace("_", " ")) for k in keys)
+    heads = " & ".join(tex_of(k.replace("_", " ")) for k in keys)
     lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", heads + r" \\", r"\midrule"]
-    lines += [" & ".join(_escaped(shown(row.get(k), k)) for k in keys) + r" \\" for row in rows]
+    lines += [" & ".join(tex_of(shown(row.get(k), k)) for k in keys) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:

@@ -13,13 +13,6 @@ A change along the rows moves magnitudes alone, one that turns them directions a
 (0.0, 1.0)
 >>> slope([(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)])
 (-1.0, -1.0)
-
-What is left of a row that nearly vanishes keeps its direction:
-
->>> w = torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
->>> moved, turned = magnitude_direction(w, Factors(w, torch.tensor([[-1 + 2.0**-20]])))
->>> round(moved / w.double().norm().item() * 2**20), round(abs(turned), 6)
-(1048575, 0.0)
 """
 
 import math
@@ -32,41 +25,67 @@ from variants._api import wide
 
 from .spectra import Change, Factors, Triplets, row_norms
 
-CANCELLED = 1e-2  # of a row's norm: what is left after less would have no digits
+NEAR = 1e-6  # of either mean: what rounding may add to it
+ROWS = 32  # at once, where rows are formed
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
     """(dM, dD) of W = W0 + dW: the means over rows of | ||w|| - ||w0|| | and of 1 - cos(w, w0).
 
-    Both come from ||dw||^2 and <w0, dw>, so that a small change keeps its digits:
+    Of factors both come from ||w0||, ||dw|| and <w0, dw>, for which W0 is read twice and no row of
+    dW is formed:
     ||w|| - ||w0|| = (2 <w0, dw> + ||dw||^2) / (||w|| + ||w0||), and
-    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). A row of zeros does not count.
+    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). Rows in which these cancel (dw is
+    nearly -w0, along w0, or across it and small) are formed in float64. A row of zeros does not
+    count.
     """
     W0 = W0.detach().to(wide(W0.dtype))
-    if isinstance(dW, Triplets):
-        dW = Factors(dW.Vh, dW.U * dW.S)
-    before = row_norms(W0)
-    if isinstance(dW, Factors):  # dW's rows are those of s B in the metric A A^T
-        A, B = dW.A.detach().double(), dW.s * dW.B.detach().double()
-        cross = ((W0 @ A.mT.to(W0)).double() * B).sum(1)
-        change = ((B @ (A @ A.mT)) * B).sum(1).clamp_min(0)
+    if isinstance(dW, Tensor):
+        parts = zip(W0.split(ROWS), dW.detach().split(ROWS), strict=True)
+        moved, turned = map(torch.cat, zip(*(_formed(w0, dw) for w0, dw in parts), strict=True))
     else:
-        own = dW.detach().to(W0)
-        cross = (W0 * own).sum(1, dtype=torch.float64)
-        change = own.square().sum(1, dtype=torch.float64)
+        moved, turned = _thin(W0, dW)
+    counted = ~turned.isnan()
+    if not counted.any():
+        return math.nan, math.nan
+    return moved[counted].abs().mean().item(), turned[counted].mean().item()
+
+
+def _formed(W0: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
+    """(||w|| - ||w0||, 1 - cos(w, w0)) of each row, in float64; nan for a row of zeros."""
+    w0, dw = W0.double(), dW.double()
+    w = w0 + dw
+    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (w0, w))
+    moved = ((w + w0) * dw).sum(1) / (before + after)[:, 0]
+    return moved, (w / after - w0 / before).square().sum(1) / 2
+
+
+def _thin(W0: Tensor, dW: Factors | Triplets) -> tuple[Tensor, Tensor]:
+    """The same without dW: with A^T = P T, the rows of s B T^T are dW's in the basis P."""
+    if isinstance(dW, Factors):
+        P, T = torch.linalg.qr(dW.A.detach().double().mT)
+        own = dW.s * dW.B.detach().double() @ T.mT
+    else:
+        P, own = dW.Vh.mT.double(), (dW.U * dW.S).double()
+    before, change = row_norms(W0), own.square().sum(1)
+    cross = ((W0 @ P.to(W0)).double() * own).sum(1)
     after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
-    near = after < CANCELLED * before
-    if near.any():  # little is left of the row: those sums are rounding, the row itself is not
-        w0 = W0[near].double()
-        dw = B[near] @ A if isinstance(dW, Factors) else dW.detach()[near].double()
-        before[near], after[near] = w0.norm(dim=1), (w0 + dw).norm(dim=1)
-        cross[near], change[near] = (w0 * dw).sum(1), dw.square().sum(1)
     moved = (2 * cross + change) / (before + after)
     turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
-    rows = (before > 0) & (after > 0)
-    if not rows.any():
-        return math.nan, math.nan
-    return moved[rows].abs().mean().item(), turned[rows].mean().item()
+    turned[(before == 0) | (after == 0)] = math.nan  # formed below, where `after` is only near 0
+
+    # what rounding in W0's dtype adds to each row; over m rows it adds up as their root
+    eps = 2 * torch.finfo(W0.dtype).eps
+    cross_off = eps * before * change.sqrt()
+    after_off = (eps * before.square() + cross_off) / after
+    moved_off = 2 * cross_off / (before + after)
+    moved_off += moved.abs() * (eps + after_off / (before + after))
+    turned_off = moved.abs() * moved_off / (before * after) + turned * (eps + after_off / after)
+    share = NEAR * math.sqrt(len(before))
+    near = (moved_off <= share * moved.abs().nanmean()) & (turned_off <= share * turned.nanmean())
+    for rows in (~near).nonzero()[:, 0].split(ROWS):
+        moved[rows], turned[rows] = _formed(W0[rows], own[rows] @ P.mT)
+    return moved, turned
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

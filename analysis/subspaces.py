@@ -73,26 +73,27 @@ def amplification(
     Returns:
         `change` ||dW||_F; `inside` ||U^T W0 V||_F with U, V the top r singular vectors of dW;
         `factor`, the first over the second; `random`, ||U^T W0 V||_F of random directions; `base`
-        ||W0||_F. A change that is zero has no factor (None).
+        ||W0||_F. A change that is zero has no directions (None).
     """
     U, S, Vh = triplets(dW)
     r = len(S) if r is None else min(r, len(S))
     W0 = W0.detach().to(wide(W0.dtype))
-    inside = _projected(W0, U[:, :r], Vh[:r].mT)
-    drawn = [random_directions(d, r, seed + i).to(W0.device) for i, d in enumerate(W0.shape)]
     change = torch.linalg.vector_norm(S.double()).item()
+    inside = random = None
+    if change and r:
+        drawn, V = (random_directions(d, r, seed + i).to(W0) for i, d in enumerate(W0.shape))
+        both = torch.cat((U[:, :r].to(W0), drawn), dim=1).mT @ W0  # W0 is read once for the two
+        inside, random = (
+            torch.linalg.vector_norm(part @ right, dtype=torch.float64).item()
+            for part, right in zip(both.split(r), (Vh[:r].mT.to(W0), V), strict=True)
+        )
     return {
         "change": change,
         "inside": inside,
-        "factor": change / inside if change and inside else None,
-        "random": _projected(W0, *drawn),
+        "factor": change / inside if inside else None,
+        "random": random,
         "base": torch.linalg.vector_norm(row_norms(W0)).item(),
     }
-
-
-def _projected(W0: Tensor, U: Tensor, V: Tensor) -> float:
-    inner = U.to(W0).mT @ W0 @ V.to(W0)
-    return torch.linalg.vector_norm(inner, dtype=torch.float64).item()
 
 
 def energies(base: Triplets, dW: Change, side: str = "left") -> Tensor:
@@ -113,13 +114,13 @@ def energies(base: Triplets, dW: Change, side: str = "left") -> Tensor:
     return squares / total if total else squares
 
 
-def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
+def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float | None]:
     """The share of ||dW||_F^2 in the top k and the bottom k singular subspaces of W0 (the question
     of MiLoRA, arXiv:2406.09044).
 
     left: ||U_k^T dW||_F^2, right: ||dW V_k||_F^2, both: ||U_k^T dW V_k||_F^2, each over
     ||dW||_F^2; `chance`: what a random change has there, on the left and in both. `base` are W0's
-    triplets.
+    triplets. A change that is zero has no shares (None).
 
     Raises:
         Incompatible: k above the rank that W0 can have.
@@ -127,7 +128,8 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
     U0, S0, Vh0 = base
     if not 1 <= k <= len(S0):
         raise Incompatible(f"k={k}: W0 has {len(S0)} singular vectors")
-    total, found = frobenius(dW) ** 2, {}
+    total, (m, n) = frobenius(dW) ** 2, dW.shape
+    found: dict[str, float | None] = {"chance": k / m, "chance_both": k * k / (m * n)}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
         Uk, Vk = U0[:, cut], Vh0[cut].mT
         if isinstance(dW, Factors):
@@ -143,6 +145,5 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
             left, right = Uk.mT @ own, own @ Vk
             both = left @ Vk
         for side, t in (("left", left), ("right", right), ("both", both)):
-            found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else 0.0
-    m, n = dW.shape
-    return found | {"chance": k / m, "chance_both": k * k / (m * n)}
+            found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else None
+    return found

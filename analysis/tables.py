@@ -15,7 +15,7 @@
 format & bits \\\\
 \\midrule
 nf4\\_dq & 4.127 \\\\
-50 \\% & | \\\\
+50 \\% & \\textbar{} \\\\
 \\bottomrule
 \\end{tabular}
 """
@@ -29,7 +29,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-ESCAPED = {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+ESCAPED = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Table:
 
     def tex(self) -> str:
         """A tabular of the package booktabs, its title as a comment."""
-        head, *rows = (" & ".join(map(_tex, row)) + r" \\" for row in (self.columns, *self.rows))
+        head, *rows = (" & ".join(map(tex_of, row)) + r" \\" for row in (self.columns, *self.rows))
         begin = rf"\begin{{tabular}}{{{'l' * self.left + 'r' * (len(self.columns) - self.left)}}}"
         parts = [f"% {self.title}", begin, r"\toprule", head, r"\midrule", *rows,
                  r"\bottomrule", r"\end{tabular}"]  # fmt: skip
@@ -69,8 +72,9 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _tex(text: str) -> str:
-    return "".join(ESCAPED.get(c, c) for c in text.replace("\\", "/"))
+def tex_of(text: str) -> str:
+    """The text as LaTeX sets it."""
+    return "".join(ESCAPED.get(c, c) for c in text)
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:

@@ -132,7 +132,10 @@ def test_a_change_of_its_own_and_one_of_the_weight() -> None:
     factor = amplification(W0, dW)["factor"]
     assert factor is not None
     assert math.isclose(factor, math.hypot(3, 3) / math.hypot(S[-1].item(), S[-2].item()))
-    assert amplification(W0, Factors(V.T[:2], 0 * U[:, :2]))["factor"] is None
+    still = Factors(V.T[:2], 0 * U[:, :2])
+    nothing = amplification(W0, still)
+    assert (nothing["factor"], nothing["inside"], nothing["random"]) == (None, None, None)
+    assert {v for k, v in alignment(base, still, 2).items() if "chance" not in k} == {None}
     with pytest.raises(Incompatible, match="k=21: W0 has 20"):
         alignment(base, dW, 21)
 
@@ -152,6 +155,59 @@ def test_small_moves_keep_their_digits() -> None:
     assert math.isclose(dM, moved.mean().item(), rel_tol=1e-4)
     line, correlation = slope([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)])
     assert (line, correlation) == (2, 1) and math.isnan(slope([(1.0, 2.0)])[0])
+
+
+def rows_of_zeros(W0: Tensor) -> Factors:
+    """dW = -W0 in rows 0 to 9 to fp32's last digit, where W0 has rank 5."""
+    U, S, Vh = torch.linalg.svd(W0.double(), full_matrices=False)
+    B = (U * S)[:, :5].float()
+    B[10:] *= -0.5  # the others grow by a half
+    return Factors(Vh[:5].float(), -B)
+
+
+def across(W0: Tensor) -> Factors:
+    """A small move of each row at right angles to it, as of W0 (I + e K), K skew."""
+    U, S, Vh = torch.linalg.svd(W0.double(), full_matrices=False)
+    K = drawn(5, 5, seed=8).double()
+    return Factors((K - K.T) @ Vh[:5], 1e-5 * (U * S)[:, :5])
+
+
+ADVERSARIAL: dict[str, Callable[[Tensor], Factors]] = {
+    "nearly -W0": rows_of_zeros,
+    "along the rows": lambda W0: Factors(W0.clone(), 1e-3 * torch.eye(len(W0))),
+    "across the rows": across,
+    "tiny": lambda W0: Factors(drawn(4, W0.shape[1]), 1e-9 * drawn(len(W0), 4, seed=1)),
+    "huge": lambda W0: Factors(drawn(4, W0.shape[1]), 1e6 * drawn(len(W0), 4, seed=1)),
+    "cancelling factors": lambda W0: factors(*W0.shape, 4).less(*nearly(factors(*W0.shape, 4))),
+    "one row alone": lambda W0: Factors(drawn(4, W0.shape[1]), torch.eye(len(W0))[:, 7:11]),
+    "none": lambda W0: Factors(drawn(4, W0.shape[1]), torch.zeros(len(W0), 4)),
+}
+
+
+def nearly(dW: Factors) -> tuple[Tensor, Tensor]:
+    """Factors whose product differs from dW by a ten-thousandth."""
+    return dW.A, dW.s * dW.B * (1 + 1e-4 * drawn(*dW.B.shape, seed=7))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=str)
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_rows_whose_terms_cancel_are_formed(case: str, shape: tuple[int, int]) -> None:
+    """dM and dD of fp32's W0, by the definition in float64 on rows: to 1e-5. (1 - cos as half the
+    squared distance of unit vectors, which is the same and keeps its digits.)"""
+    U, Vh = drawn(shape[0], 5, seed=2), drawn(5, shape[1], seed=3)
+    W0 = U @ Vh  # of rank 5, so that factors can cancel it
+    dW = ADVERSARIAL[case](W0)
+    before = W0.double()
+    after = before + dW.s * dW.B.double() @ dW.A.double()
+    b, a = before.norm(dim=1), after.norm(dim=1)
+    turned = (after / a[:, None] - before / b[:, None]).square().sum(1) / 2
+    # of ||w|| - ||w0|| itself a tiny change would keep few digits in float64 too
+    moved = ((after + before) * (dW.s * dW.B.double() @ dW.A.double())).sum(1) / (a + b)
+    expected = moved.abs().mean().item(), turned.mean().item()
+    for made in (dW, triplets(dW)):
+        dM, dD = magnitude_direction(W0, made)
+        assert math.isclose(dM, expected[0], rel_tol=1e-5)
+        assert math.isclose(dD, expected[1], rel_tol=1e-5, abs_tol=1e-24)
 
 
 def test_a_planted_intruder_is_found_and_taken_out() -> None:
