@@ -5,6 +5,7 @@ norm, its direction what is left of it when that is divided out.
 
 A change along the rows moves magnitudes alone, one that turns them directions alone:
 
+>>> from analysis.spectra import Factors
 >>> W0 = torch.eye(3, 4)
 >>> magnitude_direction(W0, 0.5 * W0)
 (0.5, 0.0)
@@ -30,9 +31,11 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, row_norms
+from .spectra import Change, coordinates, row_norms
 
-CANCELLED = 1e-2  # of a row's norm: what is left after less would have no digits
+CANCELLED = 0.1  # what is left of lengths: of less, sums in fp32 keep no five digits
+ACROSS = 1e-3  # the same of <w0, dw>, over ||w0|| ||dw||
+BLOCK = 1024  # rows
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
@@ -40,33 +43,49 @@ def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
 
     Both come from ||dw||^2 and <w0, dw>, so that a small change keeps its digits:
     ||w|| - ||w0|| = (2 <w0, dw> + ||dw||^2) / (||w|| + ||w0||), and
-    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). A row of zeros does not count.
+    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). Rows in which these cancel, as
+    where dw is nearly -w0, along it, or only turns it, are summed in float64. A row of zeros does
+    not count.
     """
     W0 = W0.detach().to(wide(W0.dtype))
-    if isinstance(dW, Triplets):
-        dW = Factors(dW.Vh, dW.U * dW.S)
     before = row_norms(W0)
-    if isinstance(dW, Factors):  # dW's rows are those of s B in the metric A A^T
-        A, B = dW.A.detach().double(), dW.s * dW.B.detach().double()
-        cross = ((W0 @ A.mT.to(W0)).double() * B).sum(1)
-        change = ((B @ (A @ A.mT)) * B).sum(1).clamp_min(0)
-    else:
-        own = dW.detach().to(W0)
-        cross = (W0 * own).sum(1, dtype=torch.float64)
-        change = own.square().sum(1, dtype=torch.float64)
-    after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
-    near = after < CANCELLED * before
-    if near.any():  # little is left of the row: those sums are rounding, the row itself is not
-        w0 = W0[near].double()
-        dw = B[near] @ A if isinstance(dW, Factors) else dW.detach()[near].double()
-        before[near], after[near] = w0.norm(dim=1), (w0 + dw).norm(dim=1)
-        cross[near], change[near] = (w0 * dw).sum(1), dw.square().sum(1)
-    moved = (2 * cross + change) / (before + after)
-    turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
-    rows = (before > 0) & (after > 0)
-    if not rows.any():
+    if isinstance(dW, Tensor):
+        dW = dW.detach().to(W0)
+        cross, change = (W0 * dW).sum(1, dtype=torch.float64), row_norms(dW).square()
+    else:  # rows in an orthonormal basis of dW's, so that nothing cancels between factors
+        dW = coordinates(dW)
+        cross = ((W0 @ dW.A.mT.to(W0)).double() * dW.B).sum(1)
+        change = dW.B.square().sum(1)
+    moved, turned, sure = _rows(before, cross, change)
+    for rows in (~sure).nonzero()[:, 0].split(BLOCK):
+        w0 = W0[rows].double()
+        dw = dW[rows].double() if isinstance(dW, Tensor) else dW.B[rows] @ dW.A
+        after, before[rows] = (w0 + dw).norm(dim=1), w0.norm(dim=1)
+        sums = (w0 * dw).sum(1), dw.square().sum(1)
+        moved[rows], turned[rows], _ = _rows(before[rows], *sums, after)
+    counted = turned.isfinite()
+    if not counted.any():
         return math.nan, math.nan
-    return moved[rows].abs().mean().item(), turned[rows].mean().item()
+    return moved[counted].abs().mean().item(), turned[counted].mean().item()
+
+
+def _rows(
+    before: Tensor, cross: Tensor, change: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(||w|| - ||w0||, 1 - cos, whether fp32 sums suffice) of each row, by ||w0||, <w0, dw>,
+    ||dw||^2; 1 - cos is not finite where w0 or w is zero."""
+    if after is None:
+        after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
+    longer, across = 2 * cross + change, before * change.sqrt()
+    moved = longer / (before + after)
+    aside = (change - moved.square()).clamp_min(0)
+    turned = aside / (2 * before * after)
+    sure = (
+        (after >= CANCELLED * before)
+        & (aside >= CANCELLED * change)
+        & (longer.abs() >= ACROSS * across)
+    )
+    return moved, turned, sure
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
