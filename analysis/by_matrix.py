@@ -114,7 +114,8 @@ def of_alignment(x: Matrix, asked: Asked) -> dict[str, Any]:
     profile = energies(x.base, x.svd, "left" if m <= n else "right").cumsum(0)  # which span all
     at = [max(0, round(len(profile) * p / 100) - 1) for p in PERCENT]
     k = max(1, x.rank)
-    return alignment(x.base, x.svd, k) | {"k": k, "cumulative": profile[at].tolist()}
+    cumulative = profile[at].tolist() if x.rank else []
+    return alignment(x.base, x.svd, k) | {"k": k, "cumulative": cumulative}
 
 
 def of_intruders(x: Matrix, asked: Asked) -> dict[str, Any]:

@@ -85,8 +85,10 @@ def _mean_table(tables: Sequence[Any], size: Sequence[int]) -> Any:
 def _alignment_figures(found: Found, own: Found) -> dict[str, Any]:
     lines: dict[str, list[tuple[float, float]]] = {"chance": [(p, p / 100) for p in PERCENT]}
     for role, names in roles_of(found).items():
-        curves = [own[n]["cumulative"] for n in names]
-        lines[role] = [(p, sum(c[i] for c in curves) / len(curves)) for i, p in enumerate(PERCENT)]
+        curves = [own[n]["cumulative"] for n in names if own[n]["cumulative"]]
+        lines[role] = [(p, sum(c[i] for c in curves) / len(curves))
+                       for i, p in enumerate(PERCENT) if curves]  # fmt: skip
+    lines = {role: line for role, line in lines.items() if line}
     x = "% of W0's singular vectors, largest first"
     return _kept(energy=figures.lines({"": lines}, x, "share of dW's energy", linear=True))
 

@@ -114,13 +114,13 @@ def energies(base: Triplets, dW: Change, side: str = "left") -> Tensor:
     return squares / total if total else squares
 
 
-def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
+def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float | None]:
     """The share of ||dW||_F^2 in the top k and the bottom k singular subspaces of W0 (the question
     of MiLoRA, arXiv:2406.09044).
 
     left: ||U_k^T dW||_F^2, right: ||dW V_k||_F^2, both: ||U_k^T dW V_k||_F^2, each over
-    ||dW||_F^2; `chance`: what a random change has there, on the left and in both. `base` are W0's
-    triplets.
+    ||dW||_F^2, None of a change that is zero; `chance`: what a random change has there, on the left
+    and in both. `base` are W0's triplets.
 
     Raises:
         Incompatible: k above the rank that W0 can have.
@@ -130,7 +130,8 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
         raise Incompatible(f"k={k}: W0 has {len(S0)} singular vectors")
     if not isinstance(dW, Tensor):
         dW = coordinates(dW)  # thin, so that float64 costs little and differences keep their digits
-    total, found = frobenius(dW if isinstance(dW, Tensor) else dW.B) ** 2, {}
+    total = frobenius(dW if isinstance(dW, Tensor) else dW.B) ** 2
+    found: dict[str, float | None] = {}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
         Uk, Vk = U0[:, cut], Vh0[cut].mT
         if isinstance(dW, Tensor):
@@ -142,6 +143,6 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float]:
             left, right = Uk.double().mT @ dW.B, dW.B @ inner
             both = left @ inner
         for side, t in (("left", left), ("right", right), ("both", both)):
-            found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else 0.0
+            found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else None
     m, n = dW.shape
     return found | {"chance": k / m, "chance_both": k * k / (m * n)}
