@@ -23,7 +23,7 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, row_norms
+from .spectra import Change, Factors, Triplets, coordinates, row_norms
 
 NEAR = 1e-6  # of either mean: what rounding may add to it
 ROWS = 32  # at once, where rows are formed
@@ -61,14 +61,10 @@ def _formed(W0: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _thin(W0: Tensor, dW: Factors | Triplets) -> tuple[Tensor, Tensor]:
-    """The same without dW: with A^T = P T, the rows of s B T^T are dW's in the basis P."""
-    if isinstance(dW, Factors):
-        P, T = torch.linalg.qr(dW.A.detach().double().mT)
-        own = dW.s * dW.B.detach().double() @ T.mT
-    else:
-        P, own = dW.Vh.mT.double(), (dW.U * dW.S).double()
+    """The same without dW: its rows are those of B in an orthonormal basis, the rows of A."""
+    A, own = (dW := coordinates(dW)).A, dW.B
     before, change = row_norms(W0), own.square().sum(1)
-    cross = ((W0 @ P.to(W0)).double() * own).sum(1)
+    cross = ((W0 @ A.mT.to(W0)).double() * own).sum(1)
     after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
     moved = (2 * cross + change) / (before + after)
     turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
@@ -84,7 +80,7 @@ def _thin(W0: Tensor, dW: Factors | Triplets) -> tuple[Tensor, Tensor]:
     share = NEAR * math.sqrt(len(before))
     near = (moved_off <= share * moved.abs().nanmean()) & (turned_off <= share * turned.nanmean())
     for rows in (~near).nonzero()[:, 0].split(ROWS):
-        moved[rows], turned[rows] = _formed(W0[rows], own[rows] @ P.mT)
+        moved[rows], turned[rows] = _formed(W0[rows], own[rows] @ A)
     return moved, turned
 
 

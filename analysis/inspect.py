@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from experiments.record import finite
-from experiments.tasks import BadInput
+from experiments.record import complaining, finite
 from variants import Incompatible
 from variants._io import write_atomically
 from variants._registry import unknown
@@ -103,6 +102,7 @@ def written(found: dict[str, Any], made: Sequence[Table], out: Path, draw: bool)
     return paths
 
 
+@complaining
 def main() -> int:
     """The command."""
     lists = {"default": ", ".join(DEFAULT), "data": ", ".join(DATA)}
@@ -122,18 +122,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N (%(default)s)")
     parser.add_argument("--no-figures", action="store_true", help="needs no matplotlib then")
     given = parser.parse_args()
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)
-            found = _run(given)
-        heard = (str(w.message) for w in said if issubclass(w.category, UserWarning))
-        found["notes"] = list(dict.fromkeys((*found["notes"], *heard)))
-        made = views.tables(found)
-        draw = not given.no_figures
-        paths = [] if given.out is None else written(found, made, given.out, draw)
-    except (Incompatible, BadInput, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        found = _run(given)
+    heard = (str(w.message) for w in said if issubclass(w.category, UserWarning))
+    found["notes"] = list(dict.fromkeys((*found["notes"], *heard)))
+    made = views.tables(found)
+    draw = not given.no_figures
+    paths = [] if given.out is None else written(found, made, given.out, draw)
     if given.json:
         print(json.dumps(found))
         return 0

@@ -114,7 +114,7 @@ def opened(path: str | Path, model: str | Path | None = None, device: str = "cpu
     adapter = load(loaded)
     if not all(torch.isfinite(t).all() for t in adapter.parameters()):
         raise BadInput(f"{path}: its adapter has numbers that are not finite: the run diverged")
-    places = {name: place_of(modules, site) for name, site in adapter.sites.items()}
+    places = {name: place_of(modules, adapter.sites[name]) for name in adapter.layers}
     loaded.model.eval()
     return Opened(path, settings, loaded, adapter, places, modules)
 

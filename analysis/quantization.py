@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.model import DTYPES
-from experiments.tasks import BadInput
+from experiments.record import complaining
 from variants import Incompatible
 from variants._io import write_atomically
 
@@ -197,6 +197,7 @@ def written(found: Mapping[str, Any], made: Sequence[Table], out: Path, draw: bo
     return paths
 
 
+@complaining
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -229,13 +230,9 @@ def main() -> int:
     parser.add_argument("--no-nuclear", action="store_true", help="leave the nuclear norms out")
     parser.add_argument("--no-figures", action="store_true", help="needs no matplotlib then")
     given = parser.parse_args()
-    try:
-        found = run(given)
-        made = tables(found)
-        paths = written(found, made, given.out, not given.no_figures)
-    except (Incompatible, BadInput, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    found = run(given)
+    made = tables(found)
+    paths = written(found, made, given.out, not given.no_figures)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in made:
         table.show(console)

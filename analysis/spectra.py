@@ -124,6 +124,14 @@ def triplets(dW: Change) -> Triplets:
     return dW.triplets
 
 
+def coordinates(dW: Factors | Triplets) -> Factors:
+    """dW = B A with the rows of A orthonormal, in float64: the rows of dW are as long as B's."""
+    if isinstance(dW, Triplets):
+        return Factors(dW.Vh.double(), dW.U.double() * dW.S)
+    right = torch.linalg.qr(dW.A.detach().double().mT)
+    return Factors(right.Q.mT, dW.s * dW.B.detach().double() @ right.R.mT)
+
+
 def values(dW: Change) -> Tensor:
     """The singular values of dW, descending; of factors alone they need no vectors."""
     if isinstance(dW, Factors):

@@ -13,6 +13,7 @@ True
 A change along W0's first direction is all in its top subspace, and is not amplified:
 
 >>> W0 = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
+>>> from analysis.spectra import Factors
 >>> dW = Factors(torch.eye(4)[:1], torch.eye(4)[:, :1], 4.0)
 >>> found = alignment(torch.linalg.svd(W0), dW, 1)
 >>> found["both_top"], found["left_bottom"], round(amplification(W0, dW)["factor"], 6)
@@ -25,7 +26,7 @@ from torch import Tensor
 from variants import Incompatible
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, frobenius, row_norms, triplets
+from .spectra import Change, Triplets, coordinates, frobenius, row_norms, triplets
 
 SIDES = ("left", "right")
 
@@ -128,22 +129,21 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float | None]:
     U0, S0, Vh0 = base
     if not 1 <= k <= len(S0):
         raise Incompatible(f"k={k}: W0 has {len(S0)} singular vectors")
-    total, (m, n) = frobenius(dW) ** 2, dW.shape
+    m, n = dW.shape
+    if not isinstance(dW, Tensor):
+        dW = coordinates(dW)  # thin, so that float64 costs little and differences keep their digits
+    total = frobenius(dW if isinstance(dW, Tensor) else dW.B) ** 2
     found: dict[str, float | None] = {"chance": k / m, "chance_both": k * k / (m * n)}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
         Uk, Vk = U0[:, cut], Vh0[cut].mT
-        if isinstance(dW, Factors):
-            X, Y = dW.s * (Uk.mT @ dW.B.detach().to(Uk)), dW.A.detach().to(Vk) @ Vk
-            R_A, R_B = dW.roots
-            left, right, both = X.double() @ R_A.mT, dW.s * R_B @ Y.double(), X @ Y
-        elif isinstance(dW, Triplets):
-            U, S, Vh = dW
-            left, inner = Uk.mT @ (U * S).to(Uk), Vh.to(Vk) @ Vk
-            right, both = S.to(Vk)[:, None] * inner, left @ inner
-        else:
+        if isinstance(dW, Tensor):
             own = dW.detach().to(Uk)
             left, right = Uk.mT @ own, own @ Vk
             both = left @ Vk
+        else:
+            inner = dW.A @ Vk.double()
+            left, right = Uk.double().mT @ dW.B, dW.B @ inner
+            both = left @ inner
         for side, t in (("left", left), ("right", right), ("both", both)):
             found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else None
     return found

@@ -23,12 +23,10 @@ from . import isolate
 from .config import restored, settings_of
 from .parallel import Team, team, who
 from .provenance import sources
-from .record import NOT_AGAIN, NotHere, Terminated
+from .record import EXPECTED, NOT_AGAIN, NotHere, Terminated, one_line
 from .tasks import BadInput
 
 STOP = "LORA_STOP"  # the file, in a job's environment, whose being there asks it to stop
-# what the user can mend: one line; anything else is ours, and keeps its traceback
-EXPECTED = (BadInput, Incompatible, OSError)
 FULL = os.environ.get("HYDRA_FULL_ERROR") == "1"
 exit_code = 0  # of the command
 
@@ -194,8 +192,3 @@ class SmallReturn(Callback):
 def terminate(*_: Any) -> None:
     """What SIGTERM does to a run: it leaves, with a checkpoint where it can."""
     raise Terminated
-
-
-def one_line(error: BaseException) -> str:
-    """The message without line breaks."""
-    return " ".join(str(error).split())

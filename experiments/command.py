@@ -14,10 +14,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from variants._registry import Incompatible, from_file, unknown
 
 from . import attempt
-from .attempt import EXPECTED, FULL, one_line, terminate
+from .attempt import FULL, terminate
 from .config import register
 from .parallel import complain, refuse_sweep
-from .record import Terminated, interrupted
+from .record import EXPECTED, Terminated, interrupted, one_line
 
 
 def guarded(main: Callable[[], Any]) -> int:

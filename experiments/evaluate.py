@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from variants import Incompatible
-
 from .batches import by_length, collate
 from .generate import generate
 from .loss import classifier_loss, ranked
 from .model import Loaded
 from .parallel import ALONE, Team
-from .record import write_json
+from .record import complaining, write_json
 from .tasks import BadInput, Example, Item, Task
 from .tasks._task import IGNORED, pairs
 
@@ -240,6 +238,7 @@ def write_predictions(
     part.replace(path)
 
 
+@complaining
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -256,11 +255,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="one json object")
     given = parser.parse_args()
-    try:
-        found = evaluate_run(given.run, given.settings)
-    except (BadInput, Incompatible, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = evaluate_run(given.run, given.settings)
     if given.json:
         print(json.dumps(found))
         return 0

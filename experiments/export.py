@@ -11,8 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from variants import Incompatible, dequantize
+from variants import dequantize
 
+from .record import complaining
 from .saved import open_run
 from .tasks import BadInput
 
@@ -46,6 +47,7 @@ def export(run: str | Path, to: str, out: str | Path, requantize: bool = False) 
     )
 
 
+@complaining
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -58,11 +60,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--requantize", action="store_true", help="merged: in the base's codes")
     given = parser.parse_args()
-    try:
-        print(export(given.run, given.to, given.out, given.requantize))
-    except (BadInput, Incompatible, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(export(given.run, given.to, given.out, given.requantize))
     return 0
 
 

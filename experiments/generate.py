@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from variants import Incompatible
-
 from .batches import pad
 from .model import Loaded
 from .parallel import ALONE, Team
+from .record import complaining
 from .tasks import BadInput
 
 
@@ -61,6 +60,7 @@ def generate(
     return team.merge(texts)
 
 
+@complaining
 def main() -> int:
     """The command."""
     from .saved import open_run
@@ -71,16 +71,12 @@ def main() -> int:
     parser.add_argument("--base", action="store_true", help="the model without the adapter")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     given = parser.parse_args()
-    try:
-        if given.max_new_tokens < 1:
-            raise BadInput(f"--max-new-tokens {given.max_new_tokens}: a positive number")
-        loaded, adapter = open_run(given.run)
-        ids = loaded.tokenizer(given.prompt).input_ids
-        if not ids:
-            raise BadInput("--prompt: empty; the model needs a token to begin with")
-    except (BadInput, Incompatible, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if given.max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens {given.max_new_tokens}: a positive number")
+    loaded, adapter = open_run(given.run)
+    ids = loaded.tokenizer(given.prompt).input_ids
+    if not ids:
+        raise BadInput("--prompt: empty; the model needs a token to begin with")
     if given.base:
         adapter.detach()
     print(generate(loaded, [ids], max_new_tokens=given.max_new_tokens, batch_size=1)[0])

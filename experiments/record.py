@@ -9,11 +9,15 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
+
+from variants import Incompatible
 
 from . import lock
 from .provenance import ROOT, digest_now, file_digest, tree
@@ -22,6 +26,8 @@ from .tasks import BadInput
 SCHEMA = 1
 FINISHED = ("done", "diverged", "stale")  # states of a run: Folder.state says what they are
 NOT_AGAIN = ("failed", "refused")  # a sweep runs them again when asked, or with other code
+# what the user can mend: one line; anything else is ours, and keeps its traceback
+EXPECTED = (BadInput, Incompatible, OSError)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -240,6 +246,25 @@ def interrupted(error: KeyboardInterrupt) -> str:
     if str(error):
         return f"interrupted {error}: the same command goes on from there"
     return "interrupted: the same command goes on from the last checkpoint, if there is one"
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def complaining(main: Callable[[], int]) -> Callable[[], int]:
+    """The `main` of a command that says in one line what the user can mend, with exit code 1."""
+
+    @wraps(main)
+    def run() -> int:
+        try:
+            return main()
+        except EXPECTED as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 1
+
+    return run
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], state: Any) -> None:

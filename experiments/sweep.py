@@ -24,11 +24,11 @@ from omegaconf import DictConfig, open_dict
 from variants._registry import FACTORS
 
 from . import attempt
-from .attempt import STOP, one_line
+from .attempt import STOP
 from .config import states_of
 from .overview import count, runs, show, table
 from .plan import Job, PlannedLoader, Planner, is_the_sweep_s, write_plan
-from .record import FINISHED, NOT_AGAIN, Terminated, make
+from .record import FINISHED, NOT_AGAIN, Terminated, make, one_line
 from .tasks import BadInput
 
 

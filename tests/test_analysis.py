@@ -127,8 +127,11 @@ def test_a_change_of_its_own_and_one_of_the_weight() -> None:
     W0, base = (U * S) @ V.T, Triplets(U, S, V.T)
     dW = Factors(V.T[-2:], U[:, -2:] * 3.0)
     found = alignment(base, dW, 2)
-    assert all(math.isclose(found[f"{k}_bottom"], 1) for k in ("left", "right", "both"))
-    assert all(found[f"{k}_top"] < 1e-20 for k in ("left", "right", "both"))
+    for side in ("left", "right", "both"):
+        bottom, top = found[f"{side}_bottom"], found[f"{side}_top"]
+        assert bottom is not None and math.isclose(bottom, 1)
+        assert top is not None and top < 1e-20
+    assert alignment(base, Factors(V.T[:2], 0 * U[:, :2]), 2)["left_top"] is None
     factor = amplification(W0, dW)["factor"]
     assert factor is not None
     assert math.isclose(factor, math.hypot(3, 3) / math.hypot(S[-1].item(), S[-2].item()))
@@ -208,6 +211,69 @@ def test_rows_whose_terms_cancel_are_formed(case: str, shape: tuple[int, int]) -
         dM, dD = magnitude_direction(W0, made)
         assert math.isclose(dM, expected[0], rel_tol=1e-5)
         assert math.isclose(dD, expected[1], rel_tol=1e-5, abs_tol=1e-24)
+
+
+def cancelling(name: str) -> tuple[Tensor, Factors]:
+    """W0 [40, 60] in fp32 and a change of it where something nearly vanishes in every row."""
+    A, B = torch.linalg.qr(drawn(60, 5).double()).Q.mT.float(), drawn(40, 5, seed=1)
+    turn = drawn(5, 5, seed=2)
+    turn = torch.linalg.matrix_exp(0.3 * (turn - turn.T))
+    other, W0 = drawn(5, 60, seed=3), B @ A
+    return {
+        "rows that vanish": (W0, Factors(A, (1e-3 * drawn(40, 5, seed=4) - 1) * B)),
+        "rows that turn": (W0, Factors(A, B @ turn - B)),
+        "rows that stretch": (W0, Factors(A, (0.3 + 1e-4 * drawn(40, 5, seed=4)) * B)),
+        "a tiny change": (drawn(40, 60, seed=5), Factors(other, 1e-5 * B)),
+        "a huge change": (drawn(40, 60, seed=5), Factors(other, 1e5 * B)),
+        "a change across": (W0, Factors(1e-3 * (other - other @ A.mT @ A), B)),
+        "nearly equal factors": (
+            drawn(40, 60, seed=5),
+            Factors(A + 1e-5 * other, B * (1 + 1e-5), 2.0).less(A, 2 * B),
+        ),
+    }[name]
+
+
+CANCELLING = ("rows that vanish", "rows that turn", "rows that stretch", "a tiny change",
+              "a huge change", "a change across", "nearly equal factors")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_what_cancels_keeps_its_digits(name: str) -> None:
+    """By factors, by triplets, and by an fp32 matrix, to 1e-5 of the definitions in float64."""
+    W0, factors = cancelling(name)
+    exact, narrow = factors.s * factors.B.double() @ factors.A.double(), factors.dense().float()
+    for dW, wide in ((factors, exact), (triplets(factors), exact), (narrow, narrow.double())):
+        W = W0.double() + wide
+        moved = (W.norm(dim=1) - W0.double().norm(dim=1)).abs().mean().item()
+        cosines = torch.cosine_similarity(W, W0.double(), dim=1)
+        turned = (1 - cosines).mean().item()
+        dM, dD = magnitude_direction(W0, dW)
+        assert math.isclose(dM, moved, rel_tol=1e-5), (dM, moved)
+        assert math.isclose(dD, turned, rel_tol=1e-5), (dD, turned)
+        base = Triplets(*torch.linalg.svd(W0, full_matrices=False))
+        own = base.U[:, :3].double().mT @ wide @ base.Vh[:3].double().mT
+        found = alignment(base, dW, 3)["both_top"]
+        assert found is not None
+        assert math.isclose(
+            found, (own.norm() / wide.norm()).item() ** 2, rel_tol=1e-5, abs_tol=1e-12
+        )
+
+
+def test_one_row_of_many_that_cancels() -> None:
+    """Beside rows that do not, to 1e-5: dM and dD of that row alone are read off two means."""
+    W0, dW = drawn(2000, 60, seed=8), factors(2000, 60, 5, seed=9)
+    rows = slice(1500, 1501)
+    W0[rows] = -(1 + 1e-4) * dW.dense()[rows]
+    change = dW.s * dW.B.double() @ dW.A.double()
+    before, after = W0.double(), W0.double() + change
+    moved = (after.norm(dim=1) - before.norm(dim=1)).abs()
+    turned = 1 - torch.cosine_similarity(before, after, dim=1)
+    dM, dD = magnitude_direction(W0, dW)
+    assert math.isclose(dM, moved.mean().item(), rel_tol=1e-5)
+    assert math.isclose(dD, turned.mean().item(), rel_tol=1e-5)
+    alone = magnitude_direction(W0[rows], Factors(dW.A, dW.B[rows], dW.s))
+    assert math.isclose(alone[0], moved[rows].item(), rel_tol=1e-5)
+    assert math.isclose(alone[1], turned[rows].item(), rel_tol=1e-5)
 
 
 def test_a_planted_intruder_is_found_and_taken_out() -> None:
