@@ -169,7 +169,7 @@ for axis, rank in zip(axes[1:], (2, 4, 8)):
         axis.plot(line.index, line.values, "o-", color=colour, label=variant)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_ylim(1e-5, 200)
+    axis.set_ylim(1e-5, 1e3)
     axis.set_xlabel("learning rate")
     axis.set_title(f"r = {rank}, after 100 steps")
 plt.show()
@@ -332,14 +332,18 @@ plt.show()
 #
 # The order of Figure 2a comes back, at the figure's rate and rank: there PiSSA is ahead because
 # nothing has converged. Below full rank, each at a rate of its own, it is a matter of the rank and
-# of the loss that is looked at. "Below LoRA" means below it under every seed, after 100 steps.
+# of the loss that is looked at. "Below LoRA" means below it under every seed, after 100 steps;
+# where the seeds disagree nothing is decided.
 
 
 # %%
 def below(rank, lr, other, what="train"):
-    """Whether PiSSA's loss at `lr` is under LoRA's at `other`, seed by seed."""
+    """(whether PiSSA's loss at `lr` is under LoRA's at `other` under every seed, the seeds that say
+    so where some do and some do not)"""
     by_seed = table[table["rank"] == rank].set_index(["variant", "lr", "seed"])[what]
-    return bool((by_seed["pissa", lr] < by_seed["lora", other]).all())
+    lower = by_seed["pissa", lr] < by_seed["lora", other]
+    told = f"seeds disagree: PiSSA is the lower under {lower.sum()} of {len(lower)}"
+    return bool(lower.all()), told if lower.nunique() > 1 else None
 
 
 def pair(a, b):
@@ -376,24 +380,27 @@ claims.add(
     how=Run(ON, EVEN, 100, (0,)),
 )
 for rank in (2, 4):
+    lower, mixed = below(rank, 5e-4, 5e-4)
     claims.add(
         f"PiSSA is below LoRA at one rate for both (5e-4), r = {rank} of 8",
         published="lower (r = 8)",
         found=pair(summary[rank]["pissa at 5e-4"], summary[rank]["lora at 5e-4"]),
-        holds=below(rank, 5e-4, 5e-4),
+        holds=lower,
         how=Run(ON, EVEN, 100, SEEDS),
         rule=RULE,
+        unlike=mixed,
     )
     for what, shown in (("train", "the training loss"), ("validation", "unseen images")):
         (lr, own), (other, lora) = best("pissa", rank, what), best("lora", rank, what)
+        lower, mixed = below(rank, lr, other, what)
         claims.add(
             f"PiSSA is below LoRA, each at its best rate, r = {rank} of 8: {shown}",
             published="lower (r = 8, one rate)",
             found=f"{pair(own, lora)}, at {lr:g} and {other:g}",
-            holds=below(rank, lr, other, what),
+            holds=lower,
             how=Run(ON, EVEN, 100, SEEDS, f"{len(RATES)} rates"),
             rule=RULE,
-            unlike=edges(rank, what),
+            unlike=edges(rank, what) or mixed,
         )
 ratios = [best("pissa", r, "validation")[0] / best("lora", r, "validation")[0] for r in (2, 4)]
 claims.add(

@@ -50,7 +50,7 @@ plt.rcParams.update(STYLE | {"figure.dpi": 110})
 # The embedded model learns six new string skills and sees none of its nineteen old ones on the way:
 # `python run.py experiment=forgetting variant=V rank=R optim.lr=LR train.steps=150`. Learned is the
 # exact match on new items, forgotten the rise of the loss on old ones (nats a token, base: 0.00).
-# Each method at four rates, a quarter of a decade apart, around its best. With no old item replayed
+# Each method at rates a quarter of a decade apart, around its best. With no old item replayed
 # most of the old is lost; how much of it at what gain is the question.
 
 # %%
@@ -62,33 +62,49 @@ WORDS = [
     "train.checkpoint_every=0",
     "track.mode=disabled",
 ]
-FULL, LORA = (6.3e-4, 1.1e-3, 2e-3, 3.6e-3), (2e-3, 3.6e-3, 6.3e-3, 1.1e-2)
+FULL, LORA = (1.1e-3, 2e-3, 3.6e-3, 6.3e-3), (6.3e-3, 1.1e-2, 2e-2)
 CELLS = {("full", None): FULL, ("lora", 8): LORA}
 if not QUICK:
     CELLS |= {("lora", 1): LORA, ("lora", 2): LORA, ("lora", 32): LORA, ("dora", 8): LORA}
-SEEDS = (0,) if QUICK else (0, 1, 2)
-rows = []
-for (variant, rank), rates in CELLS.items():
-    for lr in rates:
-        for seed in SEEDS:
-            words = [f"variant={variant}", f"optim.lr={lr}", f"seed={seed}", *WORDS]
-            found = run(*words, *([f"rank={rank}"] if rank else []))
-            old, new = found["forgetting"], found["metrics"]
-            rows.append(
-                {
-                    "method": variant if rank is None else f"{variant} r{rank}",
-                    "lr": lr,
-                    "seed": seed,
-                    "learned": new["tuned"]["exact_match"],
-                    "new loss": new["tuned"]["loss"],
-                    "old kept": old["tuned"]["exact_match"],
-                    "forgotten": old["tuned"]["loss"] - old["base"]["loss"],
-                    "folder": found["folder"],
-                }
-            )
-table = pd.DataFrame(rows)
+SEEDS = (0, 1, 2)  # at each method's best rate
+SWEPT = SEEDS[:1] if QUICK else SEEDS
+
+
+def tuned(variant, rank, lr, seed):
+    """A row of the table."""
+    words = [f"variant={variant}", f"optim.lr={lr}", f"seed={seed}", *WORDS]
+    found = run(*words, *([f"rank={rank}"] if rank else []))
+    old, new = found["forgetting"], found["metrics"]
+    return {
+        "method": variant if rank is None else f"{variant} r{rank}",
+        "lr": lr,
+        "seed": seed,
+        "learned": new["tuned"]["exact_match"],
+        "new loss": new["tuned"]["loss"],
+        "old kept": old["tuned"]["exact_match"],
+        "forgotten": old["tuned"]["loss"] - old["base"]["loss"],
+        "folder": found["folder"],
+    }
+
+
+table = pd.DataFrame(
+    tuned(*cell, lr, seed) for cell, rates in CELLS.items() for lr in rates for seed in SWEPT
+)
 cells = table.groupby(["method", "lr"], sort=False).mean(numeric_only=True).drop(columns="seed")
 cells.round(3)
+
+# %% [markdown]
+# Each at its best rate, by the loss on new items, under three seeds.
+
+# %%
+lrs = cells["new loss"].groupby(level=0).idxmin().map(lambda key: key[1])
+of = {(f"{variant} r{rank}" if rank else variant): (variant, rank) for variant, rank in CELLS}
+fresh = [seed for seed in SEEDS if seed not in SWEPT]
+again = pd.DataFrame(tuned(*of[name], lr, seed) for name, lr in lrs.items() for seed in fresh)
+again = pd.concat([table[table["lr"] == table["method"].map(lrs)], again])
+best = again[again["seed"] == 0].set_index("method")
+by_seed = again.set_index(["method", "seed"]).drop(columns="folder")
+by_seed.round(3)
 
 # %% [markdown]
 # ## The rank of the change, and what is new in it
@@ -99,7 +115,6 @@ cells.round(3)
 # --what spectrum,intruders`.
 
 # %%
-best = table.loc[table.groupby("method")["new loss"].idxmin()].set_index("method")
 measured = {
     row.folder: inspected(row.folder, ["spectrum", "intruders"])["analyses"]
     for row in table[table["seed"] == 0].itertuples()
@@ -153,7 +168,10 @@ for i, (method, own) in enumerate(cells.groupby(level=0, sort=False)):
     look = {"color": COLOURS[i], "marker": MARKERS[i], "label": method}
     axes[0].plot(own["forgotten"], own["learned"], **look)
     for (_, lr), row in own.iterrows():
-        axes[0].annotate(f"{lr:.1e}", (row["forgotten"], row["learned"]), fontsize=5)
+        axes[0].annotate(
+            f"{lr:g}", (row["forgotten"], row["learned"]), (3, -7), textcoords="offset points",
+            fontsize=5,
+        )  # fmt: skip
     swept = new_directions.loc[method].drop(columns=["90 % rank", "size"])
     axes[1].plot(EPS, swept.loc[best["lr"][method]], **look)
 axes[0].set_xlabel("forgotten: nats a token on old items")
@@ -193,6 +211,7 @@ at_equal = float(np.interp(lora["learned"], curve["learned"], curve["forgotten"]
 full_rank, full_swept, full_size = at(full["folder"])
 lora_rank, lora_swept, lora_size = at(lora["folder"])
 assert curve["learned"].iloc[0] < lora["learned"] < curve["learned"].iloc[-1]
+assert lora["learned"] > 0.5 < full["learned"]
 assert (table["forgotten"] > 0).all() and (table["learned"] > 0).any()
 assert lora_rank <= 8 < full_rank  # no change of B A has a rank above r
 assert (new_directions[list(EPS)].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)  # more under more
@@ -202,26 +221,42 @@ for found in tests.values():  # the last factor is 1: as tuned
 CODE = "python run.py -m experiment=forgetting variant=full,lora rank=8 train.steps=150"
 NEW = "six new skills, no old one replayed"
 ON = "embedded model, all linear layers, LoRA at r = 8"
-ran = Run(ON, NEW, 150, SEEDS, f"{CODE}, four rates each")
+ran = Run(ON, NEW, 150, SEEDS, f"{CODE}, rates swept with seed 0")
+one = ran._replace(seeds=(0,))
+
+
+def compared(what):
+    """(full fine-tuning's less LoRA's by seed, the seeds that say so where not all do)"""
+    gaps = by_seed.loc["full", what] - by_seed.loc["lora r8", what]
+    mixed = f"seeds disagree: so under {(gaps > 0).sum()} of {len(gaps)}"
+    return gaps, mixed if (gaps > 0).nunique() > 1 else None
+
+
+means = again.groupby("method").mean(numeric_only=True)
+learns, learns_mixed = compared("learned")
+forgets, forgets_mixed = compared("forgotten")
 claims.add(
     "LoRA, tuned, learns less than full fine-tuning",
     paper=BIDERMAN,
     published="HumanEval 0.358 and 0.497, GSM8K 0.580 and 0.642 at r = 16; about equal at r = 256",
-    found=f"exact match {lora['learned']:.2f} and {full['learned']:.2f}",
-    holds=bool(lora["learned"] < full["learned"] - 0.01),
+    found="exact match "
+    + " and ".join(f"{means.loc[m, 'learned']:.2f}" for m in ("lora r8", "full")),
+    holds=bool((learns > 0).all()),
     how=ran,
-    rule="0.01 below at least",
-    unlike=at_an_edge,
+    rule="under every seed",
+    unlike=at_an_edge or learns_mixed,
 )
 claims.add(
     "... and forgets less, each at its best rate",
     paper=BIDERMAN,
     published="less, but for r = 256 on OpenWebMath at 1B and 20B tokens (Tables S2, S4, S6, S8)",
-    found=f"{lora['forgotten']:.2f} and {full['forgotten']:.2f} nats a token; "
-    f"old skills kept {lora['old kept']:.2f} and {full['old kept']:.2f}",
-    holds=bool(lora["forgotten"] < full["forgotten"]),
+    found=" and ".join(f"{means.loc[m, 'forgotten']:.2f}" for m in ("lora r8", "full"))
+    + " nats a token; old skills kept "
+    + " and ".join(f"{means.loc[m, 'old kept']:.2f}" for m in ("lora r8", "full")),
+    holds=bool((forgets > 0).all()),
     how=ran,
-    unlike=at_an_edge,
+    rule="under every seed",
+    unlike=at_an_edge or forgets_mixed,
 )
 claims.add(
     "At equal learning LoRA forgets less (their Figure 3)",
@@ -230,7 +265,7 @@ claims.add(
     found=f"at exact match {lora['learned']:.2f} LoRA {lora['forgotten']:.2f} nats a token, "
     f"full fine-tuning, between rates up to its best, {at_equal:.2f}",
     holds=bool(lora["forgotten"] <= at_equal),
-    how=ran,
+    how=one,
     unlike="the paper finds either, by the task; and its curves are of durations, these of rates",
 )
 claims.add(
@@ -240,7 +275,7 @@ claims.add(
     found=f"90 % of its energy in {full_rank:.0f} of 96 directions, LoRA's (r = 8) in "
     f"{lora_rank:.1f}: {full_rank / lora_rank:.0f} times",
     holds=bool(full_rank > 10 * lora_rank),
-    how=ran,
+    how=one,
     unlike="of 96 directions 90 % of the energy cannot lie in many more than 10 times LoRA's",
 )
 claims.add(
@@ -250,9 +285,9 @@ claims.add(
     found=f"{lora['lr']:g} and {full['lr']:g}: {lora['lr'] / full['lr']:.1f} times, "
     "on a grid of quarter decades",
     holds=bool(5 < lora["lr"] / full["lr"] < 20),
-    how=ran,
+    how=one,
     rule="5 to 20 times",
-    unlike=at_an_edge or "AdamW, alpha = 2 r and width 96, where the paper has LionW and 4096",
+    unlike=at_an_edge or "AdamW and 150 steps; the paper's rates are of LionW and two epochs",
 )
 LARGE = f"the changes are {lora_size:.2f} and {full_size:.2f} of W0, and the base is all but lost"
 claims.add(
@@ -260,22 +295,22 @@ claims.add(
     published="LoRA has, full fine-tuning has not (abstract)",
     found=f"{int(lora_swept[0.5])} and {int(full_swept[0.5])} of 210",
     holds=bool(lora_swept[0.5] > 5 * full_swept[0.5] and lora_swept[0.5] > 10),
-    how=ran,
+    how=one,
     rule="LoRA has above 10, and five times as many",
     unlike=LARGE,
 )
-without, tuned = causal.loc[("lora r8", 0.0)], causal.loc[("lora r8", 1.0)]
+without, whole = causal.loc[("lora r8", 0.0)], causal.loc[("lora r8", 1.0)]
 half = causal.loc["lora r8"].loc[0.75]
 claims.add(
     "Scaling the intruders down brings the old back, and the new stays",
     published="old markedly better, new minimally worse (abstract)",
-    found=f"LoRA's intruders times 0.75: old {tuned['old']:.2f} to {half['old']:.2f}, new "
-    f"{tuned['new']:.2f} to {half['new']:.2f}; taken out: old {without['old']:.2f}, new "
+    found=f"LoRA's intruders times 0.75: old {whole['old']:.2f} to {half['old']:.2f}, new "
+    f"{whole['new']:.2f} to {half['new']:.2f}; taken out: old {without['old']:.2f}, new "
     f"{without['new']:.2f}",
     holds=bool(
-        half["old"] < tuned["old"] and half["new"] - tuned["new"] < tuned["old"] - half["old"]
+        half["old"] < whole["old"] and half["new"] - whole["new"] < whole["old"] - half["old"]
     ),
-    how=ran._replace(command="python -m analysis.inspect RUN --what causal"),
+    how=one._replace(command="python -m analysis.inspect RUN --what causal"),
     rule="at 0.75 the old gains more than the new loses",
     unlike=LARGE,
 )

@@ -32,9 +32,10 @@ def at_edge(scores: Mapping[float, float], best: float) -> str | None:
     >>> at_edge({0.1: 3.0, 0.2: 2.0}, best=0.2)
     'its best rate, 0.2, is the largest tried'
     """
-    if best not in scores:
-        raise LookupError(f"{best:g}: no such rate; rates: {', '.join(f'{lr:g}' for lr in scores)}")
-    ends = {min(scores): "least", max(scores): "largest"}
+    rates = [float(lr) for lr in scores.keys()]  # noqa: SIM118, as a Series iterates over values
+    if best not in rates:
+        raise LookupError(f"{best:g}: no such rate; rates: {', '.join(f'{lr:g}' for lr in rates)}")
+    ends = {min(rates): "least", max(rates): "largest"}
     return f"its best rate, {best:g}, is the {ends[best]} tried" if best in ends else None
 
 

@@ -90,7 +90,7 @@ class Claims:
         if isinstance(how, str) and how.startswith("run"):
             raise ValueError(f"{claim}: say what was run by Run(model, data, steps, seeds)")
         verdict = UNLIKE if unlike else NAMES[holds]
-        told = (str(how), f"holds: {rule}" if rule else "", f"{UNLIKE}: {unlike}" if unlike else "")
+        told = (str(how), f"rule: {rule}" if rule else "", f"{UNLIKE}: {unlike}" if unlike else "")
         values = (
             paper or self.paper,
             claim,

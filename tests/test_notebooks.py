@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from notebooks import _room, claims
@@ -95,6 +96,8 @@ def test_a_best_rate_at_an_edge_decides_nothing() -> None:
     largest, least = (f"its best rate, {lr}, is the {end} tried" for lr, end in
                       ((0.4, "largest"), (0.1, "least")))  # fmt: skip
     assert told == f"PiSSA: {largest}; DoRA: {least}"
+    assert _room.at_edge(pd.Series(scores), 0.4) == largest  # whose iterator is over values
+    assert _room.at_edge(pd.Series(scores), 0.2) is None
     with pytest.raises(LookupError, match=r"0\.3: no such rate; rates: 0\.1, 0\.2, 0\.4"):
         _room.at_edge(scores, 0.3)
 
