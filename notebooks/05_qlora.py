@@ -46,7 +46,7 @@ from variants.integers import Int4
 from variants.nf4 import NF4, NF4_VALUES, NF4Double
 
 QUICK = os.environ.get("QUICK", "1") == "1"
-SEEDS = (0,) if QUICK else (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2) if QUICK else (0, 1, 2, 3, 4)
 plt.rcParams.update(STYLE | {"figure.dpi": 110})
 claims = Claims("QLoRA (Dettmers et al., 2023), arXiv:2305.14314")
 generator = torch.Generator().manual_seed(0)
@@ -371,8 +371,7 @@ claims.add(
     found=f"exact match {reached['lora']:.3f} and {reached['qlora']:.3f}",
     holds=bool(reached["qlora"] > reached["lora"] - 0.05),
     how=Run("embedded model, r = 8", "six new skills", 100, SEEDS, "one rate, 0.003"),
-    rule="QLoRA 0.05 below at most",
-    unlike=None if len(SEEDS) > 2 else "one seed and one rate, whose noise is about 0.05",
+    rule="QLoRA 0.05 below at most, in the mean",
 )
 for T, published in ((1, "10.7 % and 6.6 %"), (5, "19.4 % and 14.6 %")):
     both = [f"{name}, T = {T}" for name in ("pissa", "loftq")]
