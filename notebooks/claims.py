@@ -31,7 +31,7 @@ NAMES = {True: "holds", False: "does not hold", None: "not run"}
 VERDICTS = ("holds", "does not hold", UNLIKE, "not run")
 KEYS = ("paper", "claim", "published", "found", "verdict", "how")
 
-# What was opened to check a paper's numbers, by arXiv's number; of all others, nothing was.
+# What a paper's published numbers were checked against, by arXiv's number; others: nothing.
 FULL = "the full text"
 READ = {
     "2106.09685": f"{FULL}, v2",
@@ -40,7 +40,7 @@ READ = {
     "2402.09353": f"{FULL} of July 2024",
     "2602.04998": f"{FULL}, v1; of v2 the abstract",
     "2405.09673": f"{FULL}, v2",
-    "2410.21228": "the abstract, v2; the definition as PEFT's intruders.py has it",
+    "2410.21228": "the abstract alone, v2; the definition is that of PEFT's intruders.py",
     "2310.11454": f"{FULL}, v2",
     "2405.03003": f"{FULL}",
     "2407.19342": f"{FULL}",
@@ -194,8 +194,8 @@ def page() -> str:
     for paper in dict.fromkeys(row["paper"] for row in rows):
         own = [row for row in rows if row["paper"] == paper]
         (number,) = re.findall(r"arXiv:([\d.]+)", paper) or [""]
-        read = READ.get(number, "nothing of the paper") if number else ""
+        read = READ.get(number, "nothing, as the paper could not be opened")
         lines += ["", f"## {paper}", ""]
-        lines += [f"Opened to check what is published: {read}.", ""] if read else []
+        lines += [f"What is published was checked against {read}.", ""] if number else []
         lines += [table(own, [*KEYS[1:], "where"])]
     return "\n".join(lines) + "\n"
