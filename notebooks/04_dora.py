@@ -182,7 +182,8 @@ print(f"rows of W against m: {max(held):.1e}; factored against dense norms: {max
 # is (m / ||V||) dL/dW, which is not.
 
 # %%
-W0, G = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+generator = torch.Generator().manual_seed(0)
+W0, G = (torch.randn(6, 8, dtype=torch.float64, generator=generator) for _ in range(2))
 cosines = {}
 for name, detached in (("differentiated", False), ("constant", True)):
     V = W0.clone().requires_grad_()
