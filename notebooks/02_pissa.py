@@ -340,8 +340,8 @@ plt.show()
 def below(rank, lr, other, what="train"):
     """(whether PiSSA's loss at `lr` is under LoRA's at `other` under every seed, the seeds that say
     so where some do and some do not)"""
-    by_seed = table[table["rank"] == rank].set_index(["variant", "lr", "seed"])[what]
-    lower = by_seed["pissa", lr] < by_seed["lora", other]
+    own = table[table["rank"] == rank].set_index(["variant", "lr", "seed"])[what].sort_index()
+    lower = own["pissa", lr] < own["lora", other]
     told = f"seeds disagree: PiSSA is the lower under {lower.sum()} of {len(lower)}"
     return bool(lower.all()), told if lower.nunique() > 1 else None
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jupytext
 import nbformat
@@ -22,7 +22,15 @@ ROOT = HERE.parent
 TIMEOUT = 3600  # seconds for one cell
 
 
-def at_edge(scores: Mapping[float, float], best: float) -> str | None:
+class Sweep(Protocol):
+    """Scores by learning rate: a dict or a Series."""
+
+    def keys(self) -> Any:
+        """The rates."""
+        ...
+
+
+def at_edge(scores: Sweep, best: float) -> str | None:
     """Why the best learning rate of a sweep decides nothing; None: rates lie on both sides of it.
 
     A sweep whose best is its least or largest rate did not find a best: the score may be better
@@ -39,7 +47,7 @@ def at_edge(scores: Mapping[float, float], best: float) -> str | None:
     return f"its best rate, {best:g}, is the {ends[best]} tried" if best in ends else None
 
 
-def undecided(sweeps: Mapping[str, tuple[Mapping[float, float], float]]) -> str | None:
+def undecided(sweeps: Mapping[str, tuple[Sweep, float]]) -> str | None:
     """`at_edge` of several sweeps, {name: (scores by rate, the best rate)}, in one sentence."""
     found = {name: at_edge(*sweep) for name, sweep in sweeps.items()}
     return "; ".join(f"{name}: {why}" for name, why in found.items() if why) or None
