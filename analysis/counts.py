@@ -2,7 +2,8 @@
 
 analysis/published/counts.csv has a row a number that a paper prints: `trained` is the number that
 the formula gives, `printed` what the paper has (rounded or cut; with % of base and adapter), `off`
-why the two differ where they do. Where `of` says `budget` it is the number of directions that the
+why the two differ where they do, and `beside` how many numbers the paper counts that are not the
+method's (biases, gains of norms). Where `of` says `budget` it is the number of directions that the
 allocation leaves at the end of a run.
 """
 
@@ -35,6 +36,7 @@ class Published:
     of: str  # parameters, budget
     trained: int
     printed: str
+    beside: int
     off: str
 
 
@@ -45,6 +47,7 @@ def published() -> list[Published]:
         for row in csv.DictReader(file):
             rank = int(row["rank"]) if row["rank"] else None
             own: Any = row | {"rank": rank, "trained": int(row["trained"]),
+                              "beside": int(row["beside"] or 0),
                               "targets": row["targets"] or None}  # fmt: skip
             found.append(Published(**own))
     return found

@@ -7,9 +7,10 @@
 # 2); that the gradient of V is projected off V itself (Eq. 6); and that it keeps working at small
 # ranks where LoRA breaks down (Table 15).
 #
-# **Published.** Correlation of dM and dD over layers and four checkpoints, q and v of VL-BART: full
-# fine-tuning -0.62, LoRA 0.83, DoRA -0.31. LLaMA-7B on commonsense, r = 4, 8, 16, 32, 64: LoRA
-# 39.5, 40.7, 70.9, 74.7, 65.8; DoRA 61.9, 77.9, 77.5, 78.4, 72.1. Trained: 0.83 % and 0.84 %.
+# **Published.** Correlation of dM and dD over layers and four checkpoints, q of VL-BART (Figure 2;
+# v in Figure 7, without numbers): full fine-tuning -0.62, LoRA 0.83, DoRA -0.31. LLaMA-7B on
+# commonsense, r = 4, 8, 16, 32, 64: LoRA 39.5, 40.7, 70.9, 74.7, 65.8; DoRA 61.9, 77.9, 77.5, 78.4,
+# 72.1. Trained: 0.83 % and 0.84 %.
 #
 # **Full run.** `python run.py -m experiment=dora_commonsense variant=lora,dora rank=4,8,16,32,64
 # optim.lr=...`: Llama 2-7B, commonsense-170k, three epochs. About 10 GPU hours a run by an estimate
@@ -33,14 +34,14 @@ from experiments.config import Tiny
 from experiments.evaluate import Scorer
 from experiments.model import Source
 from experiments.tasks.skills import MIXTURE, Skills, items
-from notebooks.claims import Claims
+from notebooks._room import undecided
+from notebooks.claims import Claims, Run
 from variants.dora import DoRA, row_norms
 
 QUICK = os.environ.get("QUICK", "1") == "1"
 SEEDS = (0,) if QUICK else (0, 1, 2, 3, 4)
 plt.rcParams.update(STYLE | {"figure.dpi": 110})
 claims = Claims("DoRA (Liu et al., 2024), arXiv:2402.09353")
-SHORT = "embedded model, six new skills"
 
 # %% [markdown]
 # ## Training
@@ -90,10 +91,10 @@ def trained(variant, lr, rank=None, seed=0, steps=STEPS, marks=()):
 # ## Figure 2: dM against dD
 #
 # dM is the mean over a matrix's rows of | ||w|| - ||w0|| |, dD that of 1 - cos(w, w0); four
-# checkpoints, all layers, q and v as in the paper (in the figure circles and triangles), and all
-# seven kinds. The rates are near the best of each. Pooled over checkpoints a positive slope is
-# nearly built in, since all of it starts at (0, 0) and grows; so the last checkpoint alone is given
-# too.
+# checkpoints, all layers: q as in the paper's Figure 2, v as in its Figure 7, and all seven kinds.
+# The rates are near the best of each. Pooled over checkpoints a positive slope is nearly built in,
+# since all of it starts at (0, 0) and grows; so the last checkpoint alone is given too, which of
+# three layers is three points a kind.
 
 # %%
 MARKS = [STEPS * i // 4 for i in (1, 2, 3, 4)]
@@ -129,7 +130,8 @@ figure2 = pd.DataFrame(
     {
         name: {
             "loss": made[name, 0][1],
-            "q and v, four checkpoints": correlation(name),
+            "q, four checkpoints": correlation(name, of=("q_proj",)),
+            "v, four checkpoints": correlation(name, of=("v_proj",)),
             "q and v, the last": correlation(name, marks=MARKS[-1:]),
             "all, four checkpoints": correlation(name, of=every),
             "all, the last": correlation(name, of=every, marks=MARKS[-1:]),
@@ -137,21 +139,20 @@ figure2 = pd.DataFrame(
         for name in METHODS
     }
 )
-figure2.loc["published"] = [-0.62, 0.83, -0.31]
+figure2.loc["published, q, four checkpoints"] = [-0.62, 0.83, -0.31]
 figure2.round(2)
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(8, 2.5))
+figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.6))
 for axis, name in zip(axes, METHODS):
     for mark, colour in zip(MARKS, COLOURS):
         for of, shape in (("q_proj", "o"), ("v_proj", "^")):
             x, y = zip(*points(name, of=(of,), marks=[mark]))
-            label = f"step {mark}" if of == "q_proj" else None
-            axis.plot(x, y, shape, color=colour, label=label)
-    axis.set_title(f"{name}: {figure2.loc['q and v, four checkpoints', name]:.2f}")
-    axis.set_xlabel("dD")
-axes[0].set_ylabel("dM")
-axes[0].legend()
+            axis.plot(x, y, shape, color=colour, label=f"{of[0]}, step {mark}")
+    axis.set_title(f"{name}: {figure2.loc['q, four checkpoints', name]:.2f} of q")
+    axis.set_xlabel("dD: 1 - cosine, mean of a matrix's rows")
+axes[0].set_ylabel("dM: change of a row's norm, mean")
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
 plt.show()
 
 # %% [markdown]
@@ -181,7 +182,8 @@ print(f"rows of W against m: {max(held):.1e}; factored against dense norms: {max
 # is (m / ||V||) dL/dW, which is not.
 
 # %%
-W0, G = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+generator = torch.Generator().manual_seed(0)
+W0, G = (torch.randn(6, 8, dtype=torch.float64, generator=generator) for _ in range(2))
 cosines = {}
 for name, detached in (("differentiated", False), ("constant", True)):
     V = W0.clone().requires_grad_()
@@ -197,12 +199,13 @@ print({name: f"{value:.1e}" for name, value in cosines.items()})
 # %% [markdown]
 # ## Table 15: ranks, with one learning rate and with tuned ones
 #
-# The paper trains every rank at one rate (2e-4). Here three rates; "one rate" is the one that is
-# best for LoRA at the middle rank.
+# The paper gives DoRA's rates for LLaMA-7B (Table 8: 2e-4 at r = 16, 1e-4 at r = 32), none of
+# LoRA's and none for other ranks, and does not say that they were tuned. Here four rates; "one
+# rate" is the one that is best for LoRA at the middle rank.
 
 # %%
 RANKS = (2, 8, 32) if QUICK else (1, 2, 4, 8, 16, 32, 64)
-RATES = (2e-3, 6e-3, 2e-2) if QUICK else (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2e-3, 6e-3, 2e-2, 6e-2) if QUICK else (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 GRID_STEPS = 40 if QUICK else 150
 rows = [
     (variant, rank, lr, trained(variant, lr, rank, seed, GRID_STEPS)[1])
@@ -231,15 +234,21 @@ for axis, how in ((left, "one rate"), (right, "tuned")):
     for variant, colour in (("lora", COLOURS[0]), ("dora", COLOURS[1])):
         axis.plot(RANKS, ranks[variant, how], "o-", color=colour, label=variant)
     axis.set_xscale("log", base=2)
+    axis.set_xticks(RANKS, RANKS)
     axis.set_xlabel("rank")
     axis.set_title(f"one rate, {one:g}" if how == "one rate" else "tuned")
-left.set_ylabel("loss")
+left.set_ylabel("loss on unseen items, nats a token")
 left.legend()
 plt.show()
 ranks.round(3)
 
 # %% [markdown]
 # ## What must hold, and what was found
+#
+# Whether the signs of Figure 2 come back is not decided here: three layers give twelve points of q,
+# and the model has to learn what it knew nothing of, where the paper reads the negative slope of
+# full fine-tuning as a sign that little has to change. Nor is Table 15: LoRA does not break down at
+# a small rank in 40 steps, so that there is nothing for DoRA to be ahead by.
 #
 # The identities hold to rounding. Eq. 6 is that of a norm which is differentiated; the official
 # scripts train with a constant one, whose gradient is not projected.
@@ -253,6 +262,7 @@ assert max(held) < 1e-5 and max(factored) < 1e-5
 assert cosines["differentiated"] < 1e-12 and cosines["constant"] > 0.1
 for name in METHODS:  # all of it starts at (0, 0), and moved
     assert min(dD for dD, _ in points(name)) > 0
+assert all(ranks["lora", how].is_monotonic_decreasing for how in ("one rate", "tuned"))
 assert (ranks.xs("tuned", axis=1, level=1) <= ranks.xs("one rate", axis=1, level=1)).all().all()
 
 claims.add(
@@ -264,16 +274,26 @@ claims.add(
     holds=[f"{shares[v]['fraction']:.2%}" for v in shares] == ["0.83%", "0.84%"],
     how="closed form",
 )
+SIX = "six new skills, of nothing that it knew"
 for name, published in zip(METHODS, (-0.62, 0.83, -0.31)):
-    values = figure2[name].drop(["loss", "published"])
-    pooled, last = values["q and v, four checkpoints"], values["q and v, the last"]
+    values = figure2[name]
+    pooled, last = values["q, four checkpoints"], values["q and v, the last"]
+    _, lr, rank = METHODS[name]
     claims.add(
-        f"Figure 2: correlation of dM and dD, {name}",
+        f"Figure 2: correlation of dM and dD, q, {name}",
         published=f"{published}",
-        found=f"{pooled:.2f} (last checkpoint alone {last:.2f}; all kinds "
-        f"{values['all, four checkpoints']:.2f} and {values['all, the last']:.2f})",
+        found=f"{pooled:.2f} (v {values['v, four checkpoints']:.2f}; q and v at the last "
+        f"checkpoint alone {last:.2f}; all kinds {values['all, four checkpoints']:.2f})",
         holds=bool(pooled * published > 0),
-        how=f"run: {SHORT}, {STEPS} steps, {len(SEEDS)} seed(s); verdict: the sign",
+        how=Run(
+            "embedded model" + (f", r = {rank}" if rank else ""),
+            SIX,
+            STEPS,
+            SEEDS,
+            f"one rate, {lr:g}",
+        ),
+        rule="by its sign",
+        unlike="three layers, so twelve points; and a task of which the base knows nothing",
     )
 claims.add(
     "A row of W has the norm m (Eq. 5)",
@@ -292,23 +312,42 @@ claims.add(
 )
 
 
-def spread(variant, how):
-    return ranks[variant, how].max() - ranks[variant, how].min()
+def swept(rank):
+    """The sweeps of a rank, for the check of their edges."""
+    lines = {f"{v}, r = {rank}": mean[v, rank] for v in ("lora", "dora")}
+    return {name: (line, line.idxmin()) for name, line in lines.items()}
 
 
+at_an_edge = undecided({name: sweep for rank in RANKS for name, sweep in swept(rank).items()})
 for how in ("one rate", "tuned"):
     gaps = ranks["lora", how] - ranks["dora", how]
     claims.add(
         f"DoRA keeps working at small ranks where LoRA breaks down (Table 15): {how}",
         published="LoRA 39.5, 40.7, 70.9, 74.7, 65.8; DoRA 61.9, 77.9, 77.5, 78.4, 72.1",
-        found="; ".join(
+        found="loss; "
+        + "; ".join(
             f"r = {r}: LoRA {ranks['lora', how][r]:.3f}, DoRA {ranks['dora', how][r]:.3f}"
             for r in RANKS
         ),
         # worth more at the smallest rank than what seeds move, and more than at the largest
         holds=bool(gaps[RANKS[0]] > 0.05 and gaps[RANKS[0]] > gaps[RANKS[-1]]),
-        how=f"run: {SHORT}, {GRID_STEPS} steps, {len(SEEDS)} seed(s); loss; DoRA ahead by 0.05 at "
-        f"r = {RANKS[0]}, and by more than at r = {RANKS[-1]}; spread over ranks "
-        f"{spread('lora', how):.3f} and {spread('dora', how):.3f}",
+        how=Run(
+            "embedded model",
+            SIX,
+            GRID_STEPS,
+            SEEDS,
+            f"one rate, {one:g}" if how == "one rate" else f"{len(RATES)} rates each",
+        ),
+        rule=f"DoRA ahead by 0.05 at r = {RANKS[0]}, and by more than at r = {RANKS[-1]}",
+        unlike="; ".join(
+            filter(
+                None,
+                (
+                    at_an_edge,
+                    f"LoRA does not break down at a small rank in {GRID_STEPS} steps, its loss "
+                    "falling with the rank throughout",
+                ),
+            )
+        ),
     )
 claims.keep("04_dora")

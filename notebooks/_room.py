@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jupytext
 import nbformat
@@ -20,6 +20,37 @@ import nbformat
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 TIMEOUT = 3600  # seconds for one cell
+
+
+class Sweep(Protocol):
+    """Scores by learning rate: a dict or a Series."""
+
+    def keys(self) -> Any:
+        """The rates."""
+        ...
+
+
+def at_edge(scores: Sweep, best: float) -> str | None:
+    """Why the best learning rate of a sweep decides nothing; None: rates lie on both sides of it.
+
+    A sweep whose best is its least or largest rate did not find a best: the score may be better
+    still beyond it.
+
+    >>> at_edge({0.1: 3.0, 0.2: 2.0, 0.4: 2.5}, best=0.2)
+    >>> at_edge({0.1: 3.0, 0.2: 2.0}, best=0.2)
+    'its best rate, 0.2, is the largest tried'
+    """
+    rates = [float(lr) for lr in scores.keys()]  # noqa: SIM118, as a Series iterates over values
+    if best not in rates:
+        raise LookupError(f"{best:g}: no such rate; rates: {', '.join(f'{lr:g}' for lr in rates)}")
+    ends = {min(rates): "least", max(rates): "largest"}
+    return f"its best rate, {best:g}, is the {ends[best]} tried" if best in ends else None
+
+
+def undecided(sweeps: Mapping[str, tuple[Sweep, float]]) -> str | None:
+    """`at_edge` of several sweeps, {name: (scores by rate, the best rate)}, in one sentence."""
+    found = {name: at_edge(*sweep) for name, sweep in sweeps.items()}
+    return "; ".join(f"{name}: {why}" for name, why in found.items() if why) or None
 
 
 def sources(names: Iterable[str] = ()) -> list[Path]:

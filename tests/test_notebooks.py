@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from notebooks import _room, claims
@@ -75,11 +76,43 @@ def test_outputs_are_whole(source: Path) -> None:
 def test_it_closes_with_verdicts(source: Path) -> None:
     rows = [row for row in claims.kept() if row["where"] == source.stem]
     assert rows and all(set(claims.KEYS) <= set(row) for row in rows)
-    assert all(row["verdict"] in claims.VERDICTS.values() for row in rows)
+    assert all(row["verdict"] in claims.VERDICTS for row in rows)
+    for row in rows:  # what was run says on what; what is not comparable says why
+        if row["how"].startswith("run"):
+            assert re.match(
+                r"run: .+; .+; (\d+ steps|no training); (seeds? \d|no seed)", row["how"]
+            )
+        assert (row["verdict"] == claims.UNLIKE) == (f"; {claims.UNLIKE}: " in row["how"])
     last = [c for c in opened(source).cells if c.cell_type == "code"][-1]
     assert "claims.keep" in last.source
     code = "\n".join(c.source for c in opened(source).cells if c.cell_type == "code")
     assert re.search(r"^\s*assert ", code, re.M)
+
+
+def test_a_best_rate_at_an_edge_decides_nothing() -> None:
+    scores = {0.1: 3.0, 0.2: 2.0, 0.4: 1.0}
+    assert _room.undecided({"LoRA": (scores, 0.2)}) is None
+    told = _room.undecided({"LoRA": (scores, 0.2), "PiSSA": (scores, 0.4), "DoRA": (scores, 0.1)})
+    largest, least = (f"its best rate, {lr}, is the {end} tried" for lr, end in
+                      ((0.4, "largest"), (0.1, "least")))  # fmt: skip
+    assert told == f"PiSSA: {largest}; DoRA: {least}"
+    assert _room.at_edge(pd.Series(scores), 0.4) == largest  # whose iterator is over values
+    assert _room.at_edge(pd.Series(scores), 0.2) is None
+    with pytest.raises(LookupError, match=r"0\.3: no such rate; rates: 0\.1, 0\.2, 0\.4"):
+        _room.at_edge(scores, 0.3)
+
+
+def test_a_row_says_on_what_it_was_run_and_why_it_is_not_comparable() -> None:
+    rows = claims.Claims("a paper")
+    with pytest.raises(ValueError, match="Run"):
+        rows.add("a claim", published="1", found="2", holds=True, how="run: notebook 01")
+    told = claims.Run("a model", "a task", 40, (0, 1))
+    rows.add("a claim", published="1", found="2", holds=True, how=told, unlike="40 steps are few")
+    (row,) = rows.rows
+    assert row["verdict"] == "not comparable"
+    assert (
+        row["how"] == "run: a model; a task; 40 steps; seeds 0, 1; not comparable: 40 steps are few"
+    )
 
 
 def test_the_ledger_is_in_step() -> None:

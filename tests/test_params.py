@@ -30,6 +30,8 @@ def test_published_counts(row: Published) -> None:
     assert trained == row.trained
     if row.printed:
         assert fits(row.printed, value) == (not row.off), value
+    if row.beside:
+        assert fits(row.printed, value + row.beside), value
 
 
 @pytest.mark.parametrize(
