@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import variants
 from experiments.measure import measure
+from variants import _kept
 
 IDS = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(1))
 
@@ -110,6 +111,15 @@ def test_hooks_go_when_a_pass_fails_and_when_the_adapter_ends() -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
     adapter.detach()
     assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+def test_a_torch_that_tells_no_hooks_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.6 and 2.7: the same numbers, with more kept."""
+    wanted = gradients(llama())
+    monkeypatch.setattr(_kept, "top_hooks", None)
+    model = llama()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert all(map(torch.equal, gradients(model), wanted))
 
 
 def test_second_derivatives() -> None:

@@ -48,7 +48,8 @@ def _(squared: Tensor, cancelled: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> T
     return torch.empty_like(squared)
 
 
-@torch.compiler.disable(reason="a coded base is decoded into memory that layers share")
+@torch.compiler.disable
 def apart(layer: Any, x: Tensor) -> Tensor:
-    """The layer as it runs without torch.compile, between two graphs."""
+    """The layer as it runs without torch.compile, between two graphs: a coded base is decoded into
+    memory that layers share."""
     return layer.run(x)

@@ -29,9 +29,11 @@ again, to the bit.
 >>> fewer, more, torch.equal(gradient, same)
 (3, 5, True)
 
-torch.compile decides by itself what to keep.
+torch.compile decides by itself what to keep. Before torch 2.8 nothing tells which hooks are there
+already, and autograd keeps what it is given.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,6 +44,10 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.nn import functional as F
 
 from ._magnitude import rescale
+
+log = logging.getLogger("variants")
+# the hooks that are on top now, or None
+top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # type: ignore[attr-defined]
 
 
 class Held:
@@ -172,6 +178,9 @@ class Remaking:
 
     def install(self, model: nn.Module) -> Callable[[], None]:
         """From now on; what it returns ends it."""
+        if top_hooks is None:
+            log.info("torch %s: backward keeps all that it is given", torch.__version__)
+            return lambda: None
         begin = model.register_forward_pre_hook(self.begin)
         end = model.register_forward_hook(self.end, always_call=True)
 
@@ -186,7 +195,8 @@ class Remaking:
             return
         within = None
         if torch.is_grad_enabled():
-            now = Pass(torch._C._autograd._top_saved_tensors_default_hooks(True))  # type: ignore[attr-defined]
+            assert top_hooks is not None
+            now = Pass(top_hooks(True))
             within = saved_tensors_hooks(now.pack, lambda kept: kept.value())
             within.__enter__()
         self.open.append(within)
