@@ -67,7 +67,7 @@ class Factors:
     def roots(self) -> tuple[Tensor, Tensor]:
         """(R_A, R_B) [r, r] in float64, with R_A^T R_A = A A^T and R_B^T R_B = B^T B: in the place
         of A^T and B they give the same lengths, ||s B A||_F = ||s R_B R_A^T||_F."""
-        return _root(self.A.detach().double()), _root(self.B.detach().double().mT)
+        return root(self.A.detach().double()), root(self.B.detach().double().mT)
 
     def less(self, A0: Tensor, B0: Tensor) -> "Factors":
         """s B A - B0 A0, of the two ranks together."""
@@ -87,14 +87,14 @@ class Factors:
         return self.s * self.B.detach() @ self.A.detach()
 
 
-def _root(X: Tensor) -> Tensor:
+def root(X: Tensor) -> Tensor:
     """A square R with R^T R = X X^T, of X [r, d] in float64.
 
     By the eigenvalues of X X^T, which has half of the digits: where they span more than SPAN, as
     where s B A - B0 A0 nearly vanishes, by a QR.
 
     >>> X = torch.tensor([[3.0, 0.0, 4.0], [1.0, 2.0, 2.0]], dtype=torch.float64)
-    >>> R, near = _root(X), _root(torch.stack((X[0], X[0] * (1 + 1e-9) + 1e-9)))
+    >>> R, near = root(X), root(torch.stack((X[0], X[0] * (1 + 1e-9) + 1e-9)))
     >>> torch.allclose(R.mT @ R, X @ X.mT), round(near.det().abs().item() * 1e9, 4)
     (True, 5.099)
     """

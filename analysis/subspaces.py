@@ -26,7 +26,7 @@ from torch import Tensor
 from variants import Incompatible
 from variants._api import wide
 
-from .spectra import Change, Triplets, coordinates, frobenius, row_norms, triplets
+from .spectra import Change, Triplets, coordinates, frobenius, root, row_norms, triplets
 
 SIDES = ("left", "right")
 
@@ -131,8 +131,9 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float | None]:
         raise Incompatible(f"k={k}: W0 has {len(S0)} singular vectors")
     m, n = dW.shape
     if not isinstance(dW, Tensor):
-        dW = coordinates(dW)  # thin, so that float64 costs little and differences keep their digits
-    total = frobenius(dW if isinstance(dW, Tensor) else dW.B) ** 2
+        dW = coordinates(dW)  # between whose factors nothing cancels in fp32
+        A, B, R = dW.A.to(U0), dW.B.to(U0), root(dW.B.mT)  # ||dW X|| = ||B A X|| = ||R A X||
+    total = frobenius(dW if isinstance(dW, Tensor) else R) ** 2
     found: dict[str, float | None] = {"chance": k / m, "chance_both": k * k / (m * n)}
     for name, cut in (("top", slice(0, k)), ("bottom", slice(len(S0) - k, len(S0)))):
         Uk, Vk = U0[:, cut], Vh0[cut].mT
@@ -141,8 +142,8 @@ def alignment(base: Triplets, dW: Change, k: int) -> dict[str, float | None]:
             left, right = Uk.mT @ own, own @ Vk
             both = left @ Vk
         else:
-            inner = dW.A @ Vk.double()
-            left, right = Uk.double().mT @ dW.B, dW.B @ inner
+            inner = A @ Vk
+            left, right = Uk.mT @ B, R @ inner.double()
             both = left @ inner
         for side, t in (("left", left), ("right", right), ("both", both)):
             found[f"{side}_{name}"] = t.double().square().sum().item() / total if total else None

@@ -3,17 +3,16 @@
     python -m benchmarks.analysis [--size N] [--rank R] [--rounds N] [--threads N] [--json FILE]
 
 A 4096 x 4096 layer in fp32 at rank 64, the change's singular values falling from 1 to 0.1. Dense:
-dW is formed and the definition applied to it (a full decomposition where singular vectors or values
-are asked for); factors: the same question to analysis/, given A and B. W0's own decomposition, on
-which the rows marked + stand and which any number of changes share, is given to both and timed
-apart.
+dW is formed and the definition applied to it; factors: the same question to analysis/, given A and
+B. W0's own decomposition, on which the rows marked + stand and which any number of changes share,
+is given to both and timed apart.
 
 Every round runs both, in turns; a ratio is the median of the rounds' own ratios, with its interval.
-A full decomposition takes a minute, and is made once. Floor: the thin products of W0 (or its
-singular vectors) with r columns that the definition needs, of whatever change; where it reads W0,
-the ratio can be no more than the dense way's time over it. The differences are relative, to the
-dense way in float64: of a list of numbers by norms, and of several results the largest. The json is
-written after each analysis.
+A full decomposition takes a minute and is made once: dW's by its vectors counts in both rows that
+stand on it. Floor: the thin products of W0 (or its singular vectors) with r columns that the
+definition needs, of whatever change; where it reads W0, the ratio can be no more than the dense
+way's time over it. The differences are relative, to the dense way in float64: of a list of numbers
+by norms, and of several results the largest. The json is written after each analysis.
 """
 
 import statistics
@@ -37,7 +36,14 @@ from analysis.spectra import (
     triplets,
     values,
 )
-from analysis.subspaces import alignment, amplification, directions, energies, similarity
+from analysis.subspaces import (
+    alignment,
+    amplification,
+    directions,
+    energies,
+    random_directions,
+    similarity,
+)
 
 from .clock import CLOCKS, ratio, rounds
 from .sheet import Sheet
@@ -64,7 +70,7 @@ def weight(size: int, seed: int) -> Tensor:
     return (U * torch.arange(1, size + 1).float().pow(-0.5)) @ V.mT
 
 
-Analysis = Callable[..., list[Tensor]]  # of one change or two
+Analysis = Callable[[Change], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,8 @@ class Asked:
     dense: Analysis
     factors: Analysis
     products: int = 0  # thin ones with all of W0, or with its singular vectors
-    decomposes: bool = False  # dense, in a minute
-    changes: int = 1  # that it is about
+    vectors: bool = False  # dense, stands on dW's singular vectors
+    once: bool = False  # dense, takes a minute
 
 
 def numbers(found: Iterable[Any]) -> list[Tensor]:
@@ -105,21 +111,21 @@ def questions(W0: Tensor, base: Triplets, r: int) -> dict[str, Asked]:
     def amplified(dW: Change) -> list[Tensor]:
         return numbers(amplification(W0, dW, r).values())
 
-    def alike(dW: Change, other: Change) -> list[Tensor]:
-        return [similarity(directions(dW)[:, :r], directions(other)[:, :r])]
+    def alike(dW: Change) -> list[Tensor]:
+        return [similarity(directions(dW)[:, :r], directions(base)[:, :r])]
 
     def decomposed(dW: Change) -> list[Tensor]:
         U = triplets(W0 + dense(dW)).U[:, :COUNT]
         return [(base.U.mT @ U).abs().amax(0)]
 
     return {
-        "spectrum and ranks": Asked(spectrum, spectrum, decomposes=True),
-        "subspace similarity": Asked(alike, alike, decomposes=True, changes=2),
-        "amplification": Asked(amplified, amplified, 2, decomposes=True),  # U, V and random ones
+        "spectrum and ranks": Asked(spectrum, spectrum, once=True),
+        "amplification": Asked(amplified, amplified, 2, vectors=True),  # of U, V; of random ones
+        "subspace similarity +": Asked(alike, alike, vectors=True),
         INTRUDERS: Asked(
             decomposed,
             lambda dW: [newcomers(base.U, W0 + dense(dW), COUNT).cosines],
-            decomposes=True,
+            once=True,
         ),
         "ends of W0's spectrum +": Asked(aligned, aligned),
         "all of W0's spectrum +": Asked(profile, profile, 1),
@@ -132,14 +138,15 @@ def questions(W0: Tensor, base: Triplets, r: int) -> dict[str, Asked]:
 
 
 def exact(W: Tensor, r: int) -> Triplets:
-    """The triplets of a W of rank r, in float64: of the part in the span of r random columns of
-    W's range, which is all of it."""
-    g = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], r, generator=g, dtype=W.dtype)).Q
-    part = Q.mT @ W
-    assert torch.dist(Q @ part, W) < 1e-12 * torch.linalg.vector_norm(W)
-    U, S, Vh = torch.linalg.svd(part, full_matrices=False)
-    return Triplets(Q @ U, S, Vh)
+    """The first r triplets of W in float64, by subspace iteration until W^T U = V S to 1e-12."""
+    V = random_directions(W.shape[1], min(2 * r + 100, *W.shape))
+    for _ in range(100):
+        U, S, Yh = torch.linalg.svd(W @ V, full_matrices=False)
+        found, back = Triplets(U[:, :r], S[:r], Yh[:r] @ V.mT), W.mT @ U
+        if torch.dist(back[:, :r], found.Vh.mT * found.S) <= 1e-12 * torch.linalg.vector_norm(W):
+            return found
+        V = torch.linalg.qr(back).Q
+    raise ArithmeticError("no gap below the first r singular values")
 
 
 def difference(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
@@ -148,47 +155,47 @@ def difference(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
                for a, b in zip(found, true, strict=True))  # fmt: skip
 
 
-def truths(W0: Tensor, base: Triplets, two: Sequence[Factors], r: int) -> dict[str, list[Tensor]]:
+def truths(W0: Tensor, base: Triplets, given: Factors, r: int) -> dict[str, list[Tensor]]:
     """The dense answers in float64."""
     W0, base = W0.double(), Triplets(*(t.double() for t in base))
-    wide = [Factors(f.A.double(), f.B.double(), f.s).dense() for f in two]
-    changes = [exact(dW, r) for dW in wide]
-    found = {}
-    for name, asked in questions(W0, base, r).items():
-        if name == INTRUDERS:  # by W W^T: a minute, where float64 triplets take three
-            W = W0 + wide[0]
-            U = torch.linalg.eigh(W @ W.mT).eigenvectors[:, -COUNT:].flip(1)
-            found[name] = [(base.U.mT @ U).abs().amax(0)]
-        else:
-            found[name] = asked.dense(*changes[: asked.changes])
-    return found
-
-
-def seconds_of(call: Callable[[], Any], clock: str) -> float:
-    start = CLOCKS[clock]()
-    call()
-    return CLOCKS[clock]() - start
+    dW = Factors(given.A.double(), given.B.double(), given.s).dense()
+    change, tuned = exact(dW, r), exact(W0 + dW, COUNT)
+    return {
+        name: [(base.U.mT @ tuned.U).abs().amax(0)] if name == INTRUDERS else asked.dense(change)
+        for name, asked in questions(W0, base, r).items()
+    }
 
 
 def measured(size: int, rank: int, count: int, clock: str) -> Iterator[dict[str, Any]]:
-    """A row for W0's decomposition, and one for each analysis."""
-    two = factors(size, rank, 1), factors(size, rank, 2)
-    W0, bases = weight(size, 3), []
-    alone = seconds_of(lambda: bases.append(triplets(W0)), clock)
-    yield {"analysis": "W0's decomposition", "size": size, "rank": rank, "ms": 1000 * alone}
-    true = truths(W0, bases[0], two, rank)
-    thin = rounds({"thin": lambda: W0 @ two[0].A.mT}, max(count, 5), clock)["thin"]
-    for name, asked in questions(W0, bases[0], rank).items():
-        own, kept = two[: asked.changes], dict[str, list[Tensor]]()
-        calls = {
-            "dense": answered(asked.dense, own, Factors.dense, kept, "dense"),
-            "factors": answered(asked.factors, own, replace, kept, "factors"),
-        }
-        if asked.decomposes:
-            seconds = rounds({"factors": calls["factors"]}, count, clock)
-            seconds["dense"] = [seconds_of(calls["dense"], clock)] * count
+    """A row for each decomposition that others stand on, and one for each analysis."""
+    given, W0 = factors(size, rank, 1), weight(size, 3)
+    made: dict[str, Triplets] = {}
+    alone: dict[str, float] = {}
+    for key, of in {"W0": lambda: W0, "dW": given.dense}.items():
+        start = CLOCKS[clock]()
+        made[key] = triplets(of())
+        alone[key] = CLOCKS[clock]() - start
+        yield {"analysis": f"decomposition of {key}", "size": size, "ms": 1000 * alone[key]}
+    true = truths(W0, made["W0"], given, rank)
+    thin = rounds({"thin": lambda: W0 @ given.A.mT}, count, clock)["thin"]
+    for name, asked in questions(W0, made["W0"], rank).items():
+        kept: dict[str, list[Tensor]] = {}
+
+        def by_dense(asked: Asked = asked, kept: dict[str, list[Tensor]] = kept) -> None:
+            kept["dense"] = asked.dense(made["dW"] if asked.vectors else given.dense())
+
+        def by_factors(asked: Asked = asked, kept: dict[str, list[Tensor]] = kept) -> None:
+            kept["factors"] = asked.factors(replace(given))  # which remembers nothing
+
+        if asked.once:
+            seconds = rounds({"factors": by_factors}, count, clock)
+            start = CLOCKS[clock]()
+            by_dense()
+            seconds["dense"] = [CLOCKS[clock]() - start] * count
         else:
-            seconds = rounds(calls, count, clock)
+            seconds = rounds({"dense": by_dense, "factors": by_factors}, count, clock)
+            if asked.vectors:
+                seconds["dense"] = [s + alone["dW"] for s in seconds["dense"]]
         middle, low, high = ratio(seconds["dense"], seconds["factors"])
         yield {
             "analysis": name, "size": size, "rank": rank,
@@ -197,22 +204,6 @@ def measured(size: int, rank: int, count: int, clock: str) -> Iterator[dict[str,
             "ratio": middle, "interval": [low, high], "asked": ASKED,
             "difference": {k: difference(v, true[name]) for k, v in kept.items()},
         }  # fmt: skip
-
-
-def answered(
-    analysis: Analysis,
-    changes: Sequence[Factors],
-    made: Callable[[Factors], Change],
-    kept: dict[str, list[Tensor]],
-    key: str,
-) -> Callable[[], None]:
-    """The analysis of changes that are made anew, with nothing remembered; kept[key] is its last
-    result."""
-
-    def run() -> None:
-        kept[key] = analysis(*map(made, changes))
-
-    return run
 
 
 def mark(least: float | None, found: float) -> str:
@@ -236,7 +227,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """The command."""
-    sheet = Sheet("analysis", __doc__, rounds=3)
+    sheet = Sheet("analysis", __doc__, rounds=7)
     sheet.flag("--size", type=int, default=4096)
     sheet.flag("--rank", type=int, default=64)
     given = sheet.begin()
@@ -244,7 +235,7 @@ def main() -> None:
     for row in measured(given.size, given.rank, given.rounds, given.clock):
         rows.append(row)
         sheet.write(rows)
-    alone, *others = rows
+    alone, _, *others = rows
     sheet.table(
         f"{given.size} x {given.size}, rank {given.rank}, fp32, {sheet.timed}; "
         f"+ beside W0's own decomposition, once a layer: {alone['ms'] / 1000:.1f} s",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.analysis import NEAR, measured
 from benchmarks.sheet import Sheet, page
 from benchmarks.startup import FIRST_STEP, LATE, modules, package
 
@@ -48,6 +49,17 @@ def test_the_page_of_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "torch 9.9" not in before and "another, " in after and "torch 9.9" in after
     with pytest.raises(SystemExit, match=r"no \*\.json"):
         page(tmp_path / "none")
+
+
+def test_both_ways_of_an_analysis_answer_its_definition() -> None:
+    """From factors and from the dense matrix, to 1e-5 of the definition in float64."""
+    decompositions, rows = [], []
+    for row in measured(160, 8, 2, "process"):
+        (rows if "difference" in row else decompositions).append(row)
+    assert len(decompositions) == 2 and len(rows) == 7
+    for row in rows:
+        assert max(row["difference"].values()) < NEAR, row
+        assert all(ms >= 0 for ms in row["ms"].values()) and row["ratio"] > 0
 
 
 # modules of this project, and the packages that are others', at most

@@ -173,6 +173,30 @@ def test_with_the_model_and_its_data(runs: dict[str, Path]) -> None:
     assert set(drawings.drawn(found)) == {"causal_loss", "init_cosine", "quantization_reduction"}
 
 
+def test_a_change_of_zero_has_no_share(imported: Path, tmp_path: Path) -> None:
+    """Nor a part in means and curves, which end at one; roles stand in the model's order, not the
+    file's."""
+    folder = tmp_path / "zero"
+    shutil.copytree(imported, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = [key.format(i) for key in (Q.replace("q_proj", "v_proj"), Q) for i in range(3)]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": names}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors |= {k.replace("q_proj", "v_proj"): t.clone() for k, t in tensors.items()}
+    tensors[f"base_model.model.{Q.format(0)}.lora_B.weight"] *= 0
+    save_file(tensors, folder / "adapter_model.safetensors")
+    found = inspected(folder, ["alignment", "magnitude"])
+    assert list(views.roles_of(found)) == ["q", "v"]
+    assert [row["name"] for row in found["matrices"]] == list(opened(folder).adapter.layers)
+    zero, *others = (found["analyses"]["alignment"][Q.format(i)] for i in range(3))
+    assert zero["left_top"] is None and zero["cumulative"] == []
+    mean = sum(row["left_top"] for row in others) / 2
+    assert views.tables(found)[0].rows[0][2] == f"{mean:.4g}"
+    lines = drawings.drawn(found)["alignment_energy"].axes[0].lines
+    assert [line.get_label() for line in lines] == ["chance", "q", "v"]
+    assert all(math.isclose(line.get_ydata()[-1], 1, rel_tol=1e-5) for line in lines)
+
+
 def test_one_adapter_against_another(runs: dict[str, Path], imported: Path) -> None:
     """Against itself phi(k, k) is 1; a matrix that the other lacks is named."""
     same = inspected(imported, ["similarity"], against=imported)["analyses"]["similarity"]
