@@ -83,12 +83,13 @@ def _mean_table(tables: Sequence[Any], size: Sequence[int]) -> Any:
 
 
 def _alignment_figures(found: Found, own: Found) -> dict[str, Any]:
-    lines: dict[str, list[tuple[float, float]]] = {"chance": [(p, p / 100) for p in PERCENT]}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for role, names in roles_of(found).items():
         curves = [own[n]["cumulative"] for n in names if own[n]["cumulative"]]
         lines[role] = [(p, sum(c[i] for c in curves) / len(curves)) for i, p in enumerate(PERCENT)
                        if curves]  # fmt: skip
     lines = {role: line for role, line in lines.items() if line}
+    lines["chance"] = [(p, p / 100) for p in PERCENT]
     x = "% of W0's singular vectors, largest first"
     return _kept(energy=figures.lines({"": lines}, x, "share of dW's energy", linear=True))
 
@@ -101,10 +102,11 @@ def _intruder_figures(found: Found, own: Found) -> dict[str, Any]:
 
 def _magnitude_figures(found: Found, own: Found) -> dict[str, Any]:
     states = list(dict.fromkeys(row["state"] for row in own["rows"]))
+    roles = roles_of(found)  # in the order of the other figures, so that a colour means one role
     panels = {
         state: {role: [(r["dD"], r["dM"]) for r in own["rows"]
                        if (r["role"], r["state"]) == (role, state)]
-                for role in dict.fromkeys(r["role"] for r in own["rows"])}
+                for role in roles if role in {r["role"] for r in own["rows"]}}
         for state in states
     }  # fmt: skip
     if not panels:
@@ -117,11 +119,12 @@ def _rank_figures(found: Found, own: Found) -> dict[str, Any]:
     if path:
         roles = {row["name"]: row["role"] for row in found["matrices"]}
         count = len(path["layers"])
-        lines = {"budget": [(step, b / count) for step, b in zip(path["steps"], path["budget"])]}
+        lines: dict[str, list[tuple[float, float]]] = {}
         for role, names in roles_of(found).items():
             at = [i for i, layer in enumerate(path["layers"]) if roles[layer] == role]
             means = (sum(row[i] for i in at) / len(names) for row in path["ranks"])
             lines[role] = list(zip(path["steps"], means, strict=True))
+        lines["budget"] = [(step, b / count) for step, b in zip(path["steps"], path["budget"])]
         budget = figures.lines({"": lines}, "step", "mean rank of a matrix")
     heat = _heat(found, {"": lambda n: own["final"][n]}, "rank")
     return _kept(heatmap=heat, budget=budget)

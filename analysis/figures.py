@@ -94,6 +94,7 @@ def points(panels: Mapping[str, Lines], x: str, y: str) -> Any:
             i = names.index(name)
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             axis.plot(*zip(*own, strict=True), color=colour, marker=marker, ls="", label=name)
+        axis.locator_params("x", nbins=4)  # so that long numbers stand apart
         axis.grid(linewidth=0.3)
     _legend(figure, axes, names)
     _label(figure, x, y)

@@ -193,7 +193,7 @@ def test_a_change_of_zero_has_no_share(imported: Path, tmp_path: Path) -> None:
     mean = sum(row["left_top"] for row in others) / 2
     assert views.tables(found)[0].rows[0][2] == f"{mean:.4g}"
     lines = drawings.drawn(found)["alignment_energy"].axes[0].lines
-    assert [line.get_label() for line in lines] == ["chance", "q", "v"]
+    assert [line.get_label() for line in lines] == ["q", "v", "chance"]
     assert all(math.isclose(line.get_ydata()[-1], 1, rel_tol=1e-5) for line in lines)
 
 
