@@ -5,6 +5,7 @@ norm, its direction what is left of it when that is divided out.
 
 A change along the rows moves magnitudes alone, one that turns them directions alone:
 
+>>> from analysis.spectra import Factors
 >>> W0 = torch.eye(3, 4)
 >>> magnitude_direction(W0, 0.5 * W0)
 (0.5, 0.0)
@@ -13,6 +14,13 @@ A change along the rows moves magnitudes alone, one that turns them directions a
 (0.0, 1.0)
 >>> slope([(0.1, 0.3), (0.2, 0.2), (0.3, 0.1)])
 (-1.0, -1.0)
+
+What is left of a row that nearly vanishes keeps its direction:
+
+>>> w = torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+>>> moved, turned = magnitude_direction(w, Factors(w, torch.tensor([[-1 + 2.0**-20]])))
+>>> round(moved / w.double().norm().item() * 2**20), round(abs(turned), 6)
+(1048575, 0.0)
 """
 
 import math
@@ -23,65 +31,59 @@ from torch import Tensor
 
 from variants._api import wide
 
-from .spectra import Change, Factors, Triplets, coordinates, row_norms
+from .spectra import Change, coordinates, row_norms
 
-NEAR = 1e-6  # of either mean: what rounding may add to it
-ROWS = 32  # at once, where rows are formed
+CANCELLED = 0.1  # what is left of lengths: of less, sums in fp32 keep no five digits
+ACROSS = 1e-3  # the same of <w0, dw>, over ||w0|| ||dw||
+BLOCK = 32  # rows: what fits a cache takes half the time
 
 
 def magnitude_direction(W0: Tensor, dW: Change) -> tuple[float, float]:
     """(dM, dD) of W = W0 + dW: the means over rows of | ||w|| - ||w0|| | and of 1 - cos(w, w0).
 
-    Of factors both come from ||w0||, ||dw|| and <w0, dw>, for which W0 is read twice and no row of
-    dW is formed:
+    Both come from ||dw||^2 and <w0, dw>, so that a small change keeps its digits:
     ||w|| - ||w0|| = (2 <w0, dw> + ||dw||^2) / (||w|| + ||w0||), and
-    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). Rows in which these cancel (dw is
-    nearly -w0, along w0, or across it and small) are formed in float64. A row of zeros does not
-    count.
+    1 - cos = (||dw||^2 - (||w|| - ||w0||)^2) / (2 ||w|| ||w0||). Rows in which these cancel, as
+    where dw is nearly -w0, along it, or only turns it, are summed in float64. A row of zeros does
+    not count.
     """
     W0 = W0.detach().to(wide(W0.dtype))
+    before = row_norms(W0)
     if isinstance(dW, Tensor):
-        parts = zip(W0.split(ROWS), dW.detach().split(ROWS), strict=True)
-        moved, turned = map(torch.cat, zip(*(_formed(w0, dw) for w0, dw in parts), strict=True))
-    else:
-        moved, turned = _thin(W0, dW)
-    counted = ~turned.isnan()
+        dW = dW.detach().to(W0)
+        cross, change = (W0 * dW).sum(1, dtype=torch.float64), row_norms(dW).square()
+    else:  # rows in an orthonormal basis of dW's, so that nothing cancels between factors
+        dW = coordinates(dW)
+        cross = ((W0 @ dW.A.mT.to(W0)).double() * dW.B).sum(1)
+        change = dW.B.square().sum(1)
+    after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
+    longer = 2 * cross + change
+    moved = longer / (before + after)
+    aside = (change - moved.square()).clamp_min(0)
+    turned = aside / (2 * before * after)
+    sure = (
+        (after >= CANCELLED * before)
+        & (aside >= CANCELLED * change)
+        & (longer.abs() >= ACROSS * before * change.sqrt())
+    )
+    for rows in (~sure).nonzero()[:, 0].split(BLOCK):
+        moved[rows], turned[rows] = _summed(
+            W0[rows].double(),
+            dW[rows].double() if isinstance(dW, Tensor) else dW.B[rows] @ dW.A,
+        )
+    counted = turned.isfinite()
     if not counted.any():
         return math.nan, math.nan
     return moved[counted].abs().mean().item(), turned[counted].mean().item()
 
 
-def _formed(W0: Tensor, dW: Tensor) -> tuple[Tensor, Tensor]:
-    """(||w|| - ||w0||, 1 - cos(w, w0)) of each row, in float64; nan for a row of zeros."""
-    w0, dw = W0.double(), dW.double()
+def _summed(w0: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    """(||w|| - ||w0||, 1 - cos) of rows in float64, the second as half the squared distance of the
+    two directions; not finite where w0 or w is zero."""
     w = w0 + dw
-    before, after = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (w0, w))
+    before, after = (t.norm(dim=1, keepdim=True) for t in (w0, w))
     moved = ((w + w0) * dw).sum(1) / (before + after)[:, 0]
     return moved, (w / after - w0 / before).square().sum(1) / 2
-
-
-def _thin(W0: Tensor, dW: Factors | Triplets) -> tuple[Tensor, Tensor]:
-    """The same without dW: its rows are those of B in an orthonormal basis, the rows of A."""
-    A, own = (dW := coordinates(dW)).A, dW.B
-    before, change = row_norms(W0), own.square().sum(1)
-    cross = ((W0 @ A.mT.to(W0)).double() * own).sum(1)
-    after = (before.square() + 2 * cross + change).clamp_min(0).sqrt()
-    moved = (2 * cross + change) / (before + after)
-    turned = (change - moved.square()).clamp_min(0) / (2 * before * after)
-    turned[(before == 0) | (after == 0)] = math.nan  # formed below, where `after` is only near 0
-
-    # what rounding in W0's dtype adds to each row; over m rows it adds up as their root
-    eps = 2 * torch.finfo(W0.dtype).eps
-    cross_off = eps * before * change.sqrt()
-    after_off = (eps * before.square() + cross_off) / after
-    moved_off = 2 * cross_off / (before + after)
-    moved_off += moved.abs() * (eps + after_off / (before + after))
-    turned_off = moved.abs() * moved_off / (before * after) + turned * (eps + after_off / after)
-    share = NEAR * math.sqrt(len(before))
-    near = (moved_off <= share * moved.abs().nanmean()) & (turned_off <= share * turned.nanmean())
-    for rows in (~near).nonzero()[:, 0].split(ROWS):
-        moved[rows], turned[rows] = _formed(W0[rows], own[rows] @ A)
-    return moved, turned
 
 
 def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
