@@ -73,7 +73,7 @@ def test_no_step_compiles_anew(preset: str) -> None:
     elif not cuts:
         assert made[-1] <= adapter.choice.rank
     if preset != "increlora":  # which notes in backward what grows
-        assert all("function apart" in why for why in cuts), cuts
+        assert all("function _apart" in why for why in cuts), cuts
         assert bool(cuts) == coded
 
 
