@@ -133,6 +133,7 @@ OURS = {
     "adalora, Conv1D": Ours("adalora", {"rank": 4}, FUSED, gpt2),
     "adalora, ranks": Ours("adalora", {"rank": 4, "rank_pattern": {"v": 2}}),
     "pissa": Ours("pissa", {"rank": 4}),
+    "pissa, twice the rank above the matrix's": Ours("pissa", {"rank": 12}),
     "milora": Ours("milora", {"rank": 4}),
     "olora": Ours("olora", {"rank": 4}),
     "mica": Ours("mica", {"rank": 4}),

@@ -154,10 +154,11 @@ def factors(layer: Adapted) -> tuple[Tensor, Tensor, float]:
 
 
 def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same rank and product, as small as they can be: what was trained is the
-    small difference of two large parts, which fp32 products would each round."""
+    """Factors of the same product, as small as they can be, of the same rank or, where that is
+    above the matrix's, of the latter: what was trained is the small difference of two large parts,
+    which fp32 products would each round."""
     left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.mT)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     root = S.sqrt()
     return (root[:, None] * Vh @ right.Q.mT).to(A), (left.Q @ U * root).to(B)
 
