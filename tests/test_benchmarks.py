@@ -71,11 +71,14 @@ BOUNDS: dict[str, tuple[int, set[str]]] = {
 }
 
 
+BARE = functools.cache(lambda: modules("python"))
+
+
 @pytest.mark.parametrize("name", [*BOUNDS, "variants.attach", "run.py dry=true", FIRST_STEP])
 def test_a_start_imports_what_it_needs(name: str) -> None:
     """No package before it is used: what there is at the start's end, in a process of its own."""
     every = modules(name)
-    bare = {package(module) for module in modules("python")}
+    bare = {package(module) for module in BARE()}
     found = {package(module) for module in every} - bare - {"own", "python"}
     found = {name for name in found if not name.startswith(("_", "cython"))}  # parts of others
     assert not found & set(LATE)

@@ -23,7 +23,7 @@ from test_run import FORKS, lab, rows_of
 import variants
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=35", "eval.limit_during=8",
+QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=5", "eval.limit_during=4",
          "eval.batch_size=8", "track.mode=disabled", "task.items=200", "train.log_every=1",
          "train.checkpoint_every=3"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -102,10 +102,12 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert results[0][key] == results[1][key], key
     assert results[0]["metrics"]["base"] == results[1]["metrics"]["base"]
     tuned = [r["metrics"]["tuned"] for r in results]
-    assert tuned[0] == pytest.approx(tuned[1], abs=1e-5)
+    assert tuned[0] == pytest.approx(tuned[1], rel=1e-6, abs=1e-5)
     assert results[0]["memory"]["stored_bits"] == results[1]["memory"]["stored_bits"]
-    predictions = [(run / "predictions.jsonl").read_text() for run in (one, other)]
-    assert predictions[0] == predictions[1]
+    for a, b in zip(*(rows_of(run / "predictions.jsonl") for run in (one, other)), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:  # an answer to the letter, a loss to its rounding
+            assert a[key] == (b[key] if isinstance(b[key], str) else pytest.approx(b[key])), key
     for name in ("adapter/adapter.safetensors", "checkpoint/last/tensors.safetensors"):
         a, b = load_file(one / name), load_file(other / name)
         assert {k: (t.shape, t.dtype) for k, t in a.items()} == {
@@ -118,14 +120,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
     """An allocation that reads gradients, a quantized base in shards; begun by one process and
     ended by two, and the other way; more processes than items."""
-    runs = {"ddp": ["variant=adalora", "rank=4", "train.accumulate=2"],
-            "fsdp": ["variant=qlora", "rank=4", "train.parallel=fsdp"]}  # fmt: skip
+    text = [word for word in QUICK if not word.startswith("task.")]  # its scores need one pass
+    text += ["task=lm", f"task.path={ROOT / 'README.md'}"]
+    runs = {"ddp": ["variant=adalora", "rank=4", "train.accumulate=2", *QUICK],
+            "fsdp": ["variant=qlora", "rank=4", "train.parallel=fsdp", *text]}  # fmt: skip
     for key, words in runs.items():
-        lab(*words, *QUICK, out=tmp_path / key)
+        lab(*words, out=tmp_path / key)
     begun = unfinished(folder(tmp_path / "ddp"), tmp_path / "begun")
     said = together([
-        *([*words, *QUICK, f"out_dir={tmp_path}/two-{key}"] for key, words in runs.items()),
-        [*runs["ddp"], *QUICK, f"out_dir={begun}"],
+        *([*words, f"out_dir={tmp_path}/two-{key}"] for key, words in runs.items()),
+        [*runs["ddp"], f"out_dir={begun}"],
         ["variant=lora", *QUICK, "train.batch_size=1", f"out_dir={tmp_path}/none"],
     ])  # fmt: skip
     for key in runs:
@@ -143,7 +147,7 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     ) in said
     assert not (tmp_path / "none").exists()
     back = unfinished(folder(tmp_path / "two-fsdp"), tmp_path / "back")
-    done = lab(*runs["fsdp"], *QUICK, out=back)
+    done = lab(*runs["fsdp"], out=back)
     assert "resumed after step 3 of 6" in done.stdout
     assert "train.parallel=fsdp has no meaning for one process" in done.stdout
     assert_same_run(folder(tmp_path / "fsdp"), folder(back))

@@ -376,7 +376,7 @@ def test_a_divergence_is_a_result(tmp_path: Path) -> None:
 
 def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    words = ["-m", "variant=lora,pissa", "rank=2,4", *QUICK]
+    words = ["-m", "variant=lora,pissa", "rank=2,4", *QUICK, "sweep.isolate=false"]
     done = lab(*words, out=out)
     results = sorted(out.rglob("result.json"))
     assert len(results) == 4 and "4 runs" in done.stdout
@@ -396,7 +396,7 @@ def test_a_finished_run_joins_the_group_of_a_later_sweep(
     monkeypatch.setattr(track, "_server", None)
     out, words = tmp_path / "runs", ["variant=lora", "rank=2", *QUICK, "track.mode=offline"]
     lab(*words, out=out)
-    done = lab("-m", *words, out=out)
+    done = lab("-m", *words, "sweep.isolate=false", out=out)
     assert "1 done; nothing to run; 1 finished before, to join this sweep" in done.stdout
     assert not any(line.startswith("done ") for line in done.stdout.splitlines())
     (folder,) = (p.parent for p in out.rglob("result.json"))
@@ -428,8 +428,8 @@ def _same(a: Path, b: Path) -> None:
         assert results[0][key] == results[1][key], key
 
 
-KILLED = ["variant=adalora", "rank=4", "dropout=0.1", "train.steps=40", "train.batch_size=8",
-          "eval.limit=16", "eval.limit_during=8", "task.items=200", "track.mode=disabled",
+KILLED = ["variant=adalora", "rank=4", "dropout=0.1", "train.steps=24", "train.batch_size=8",
+          "eval.limit=8", "eval.limit_during=8", "task.items=200", "track.mode=disabled",
           "train.checkpoint_every=7", "train.log_every=1"]  # fmt: skip
 
 
@@ -443,7 +443,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    _signalled(17, KILLED, out, signal.SIGKILL)
+    _signalled(10, KILLED, out, signal.SIGKILL)
     assert not list(out.rglob("result.json"))
     done = lab(*KILLED, out=out)
     assert "resumed after step" in done.stdout
@@ -458,19 +458,19 @@ def test_an_interrupted_run_keeps_the_step_it_ended_with(
 ) -> None:
     """One signal ends the run between two steps, with a checkpoint; the rest is bit for bit."""
     out = tmp_path / "stopped"
-    code, said = _signalled(10, [*KILLED, "train.checkpoint_every=39"], out, signum)
+    code, said = _signalled(10, [*KILLED, "train.checkpoint_every=23"], out, signum)
     assert code == (130 if signum == signal.SIGINT else 143)
-    step = re.search(r"interrupted after step (\d+) of 40: the same command goes on", said)
-    assert step and 10 <= int(step[1]) < 40
+    step = re.search(r"interrupted after step (\d+) of 24: the same command goes on", said)
+    assert step and 10 <= int(step[1]) < 24
     status = json.loads((next(out.rglob("status.json"))).read_text())
     assert f"after step {step[1]}" in status["error"]
     done = lab(*KILLED, out=out)
-    assert f"resumed after step {step[1]} of 40" in done.stdout
+    assert f"resumed after step {step[1]} of 24" in done.stdout
     _same(whole, only(out))
 
 
 def test_a_death_before_the_first_checkpoint_leaves_no_double_rows(tmp_path: Path) -> None:
-    words = [*KILLED, "train.checkpoint_every=39"]
+    words = [*KILLED, "train.checkpoint_every=23"]
     _signalled(3, words, tmp_path, signal.SIGKILL)
     lab(*words, out=tmp_path)
     steps = [(row["step"], len(row)) for row in rows_of(only(tmp_path) / "metrics.jsonl")]
