@@ -1,5 +1,6 @@
 """What the benchmarks say: their sheets and the page of them, and what a start imports."""
 
+import functools
 import json
 from pathlib import Path
 

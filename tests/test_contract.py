@@ -22,7 +22,7 @@ PAIRS = list(pairs())
 ELSEWHERE = {(axis, name) for axis, found in index()[0].items()
              for name, part in found.items() if part.traits.get("device")}  # fmt: skip
 JOINED = [p for p in PAIRS if p.axes is not None and not {p.first, p.second} & ELSEWHERE]
-SAMPLE = random.Random(0).sample(JOINED, k=60)
+SAMPLE = random.Random(0).sample(JOINED, k=45)
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
@@ -90,8 +90,8 @@ def test_a_sample_of_the_product_passes_or_is_refused() -> None:
     """Any choice on all six axes at once; most are refused, so many are drawn."""
     passed = 0
     for choice in _product(1000, seed=1):
-        passed += _passes_or_is_refused(choice, SHORT if passed < 25 else ())
-    assert passed >= 25
+        passed += _passes_or_is_refused(choice, SHORT if passed < 15 else ())
+    assert passed >= 15
 
 
 @pytest.mark.slow

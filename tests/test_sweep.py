@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import Said, _signalled, lab, module
+from test_run import Said, lab, module
 
 from benchmarks.sweep import TINY, text
 from experiments import lock, plan, record
@@ -23,6 +23,7 @@ from experiments.tasks import BadInput
 from variants._registry import OUTSIDE, index
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("sweeps")  # one worker imports for the sweeps' runs
 BAD = '''"""Bad: an init that does what none should (nobody, 2026), https://example.org.
 
     W = W0 + s B A
@@ -199,8 +200,11 @@ def test_an_interrupt_reaches_the_run_and_the_sweep_goes_on_later(
 ) -> None:
     """Ctrl-C in the driver: the run leaves a checkpoint, later ones are not begun."""
     long = [w for w in words if not w.startswith("train.steps")] + ["train.steps=3000"]
-    code, said = _signalled(1, ["-m", "rank=1,2", *long], tmp_path / "runs", signal.SIGINT)
-    assert code == 130 and "interrupted" in said
+    command = [sys.executable, "run.py", "-m", "rank=1,2", *long, f"out_dir={tmp_path / 'runs'}"]
+    driver = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    _wait_for(lambda: _trains(tmp_path))
+    driver.send_signal(signal.SIGINT)
+    assert "interrupted" in driver.communicate()[1] and driver.returncode == 130
     (status,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/single/*/status.json"))
     assert status["status"] == "interrupted" and "after step" in status["error"]
     assert len(list(tmp_path.glob("runs/single/*/checkpoint/last/state.json"))) == 1
@@ -216,13 +220,18 @@ def test_the_driver_s_death_ends_its_run_with_a_checkpoint(
     long = [w for w in words if not w.startswith("train.steps")] + ["train.steps=3000"]
     command = [sys.executable, "run.py", "-m", "rank=1,2", *long, f"out_dir={tmp_path / 'runs'}"]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _wait_for(lambda: [p for p in tmp_path.glob("runs/single/*/metrics.jsonl")
-                       if '"grad_norm"' in p.read_text()])  # fmt: skip
+    _wait_for(lambda: _trains(tmp_path))
     driver.kill()
     driver.wait()
     (folder,) = (record.Folder(p.parent) for p in tmp_path.glob("runs/single/*/metrics.jsonl"))
     _wait_for(lambda: folder.state == "interrupted")
     assert "after step" in folder.status["error"]
+
+
+def _trains(path: Path) -> bool:
+    """Whether a run has logged a step."""
+    files = path.glob("runs/single/*/metrics.jsonl")
+    return any('"grad_norm"' in file.read_text() for file in files)
 
 
 def _wait_for(what: Any, limit: float = 120.0) -> None:
