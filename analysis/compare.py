@@ -95,7 +95,7 @@ def notes(
     if any(r.margin is None and r.verdict == "inconclusive" for r in rows):
         said.append("no margin for a metric without points: --margin says what counts as equal")
     if unfinished:
-        said.append(f"{len(unfinished)} runs are not finished and count nowhere")
+        said.append(f"runs that are not finished and count nowhere: {len(unfinished)}")
     said += [f"left out: {r['error']}" for r in unfinished if r["status"] == "truncated"]
     return said
 

@@ -22,7 +22,7 @@ import variants
 from variants._adapter import Adapter, Choice, Planned, build, choose, needs, plan
 from variants._api import Stored
 from variants._layer import Frozen
-from variants._registry import find_preset
+from variants._registry import Incompatible, find_preset
 
 from . import batches, provenance, record
 from .config import Settings, fill, run_hash, stamp
@@ -275,14 +275,13 @@ def _run(
         raise
     except Exception as error:
         told = team.explain(error)
-        team.first(
-            folder.set_status,
-            "failed",
-            error=f"{type(told).__name__}: {told}",
-            sources=provenance.sources(),
-            traceback=traceback.format_exc(),
-        )
-        log.write(traceback.format_exc())
+        if isinstance(told, BadInput | Incompatible):  # seen where the layers were made
+            how, said, trace = "refused", record.one_line(told), {}
+        else:
+            how, said = "failed", f"{type(told).__name__}: {told}"
+            trace = {"traceback": traceback.format_exc()}
+        team.first(folder.set_status, how, error=said, sources=provenance.sources(), **trace)
+        log.write(trace.get("traceback", said))
         job.tracker.finish(None, failed=True)
         if told is not error:
             raise told from error

@@ -156,9 +156,11 @@ class Sweep:
         return None
 
     def _has_ended(self, job: Job) -> bool:
-        """By its own word, or, where that was lost with its worker, by its folder."""
+        """By its own word; by its folder where that was lost with its worker, or where an interrupt
+        came in the run's last lines."""
         moved = job.folder.changed_at != job.before
-        if job.line is None and moved and job.folder.state in (*FINISHED, *NOT_AGAIN):
+        open_ = job.line is None or job.line["status"] == "interrupted"
+        if open_ and moved and job.folder.state in (*FINISHED, *NOT_AGAIN):
             job.line = {"status": job.folder.state, "run": job.path,
                         "error": job.folder.status.get("error", "")}  # fmt: skip
         return job.line is not None and job.line["status"] in (*FINISHED, *NOT_AGAIN)

@@ -373,6 +373,7 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert row["margin"] == 0.01  # a point of a share
     assert row["item_wins"] is not None
     assert report["runs"]["diverged"] == 1
+    assert "runs that are not finished and count nowhere: 1" in report["notes"]
     assert report["runs"]["unfinished"] == [
         {"run": "half", "status": "failed", "error": "OSError: full"}
     ]

@@ -92,7 +92,9 @@ def test_a_false_fact_and_a_clause_that_cannot_run_are_broken(
 
 def test_on_the_command_line(half: Path, tmp_path: Path) -> None:
     words = ["train.steps=3", "task.items=200", "eval.limit=8", "track.mode=disabled"]
-    done = lab("-m", f"variant=lora,{half}", "rank=2", *words, "sweep.isolate=false", out=tmp_path / "runs")
+    done = lab(
+        "-m", f"variant=lora,{half}", "rank=2", *words, "sweep.isolate=false", out=tmp_path / "runs"
+    )
     assert "half-r2-" in done.stdout
     (found,) = (tmp_path / "runs").rglob("half-r2-*/env.json")
     assert str(half) in found.read_text()  # its hash is among the sources'

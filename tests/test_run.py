@@ -30,7 +30,9 @@ from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("runs")  # one worker imports for its forks and has the fixtures
+pytestmark = pytest.mark.xdist_group(
+    "runs"
+)  # one worker imports for its forks and has the fixtures
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
          "track.mode=disabled", "task.items=200"]  # fmt: skip
 
@@ -338,6 +340,15 @@ def test_bad_input_is_one_line(words: list[str], message: str, tmp_path: Path) -
     assert "Traceback" not in done.stdout + done.stderr
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("status.json"))
+
+
+def test_what_is_refused_once_the_layers_are_there_says_so_in_its_folder(tmp_path: Path) -> None:
+    words = ["variant=adalora", "rank=4", "variant.allocation.target_rank=9", *QUICK]
+    said = lab(*words, out=tmp_path, code=1).stderr
+    status = json.loads((only(tmp_path) / "status.json").read_text())
+    assert status["status"] == "refused" and "traceback" not in status
+    assert said.strip() == f"error: {status['error']}" and "target_rank=9.0" in said
+    assert "Traceback" not in (only(tmp_path) / "run.log").read_text()
 
 
 def test_an_out_dir_that_is_a_file_is_named(tmp_path: Path) -> None:

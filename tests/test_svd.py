@@ -43,6 +43,20 @@ def test_a_flat_spectrum_falls_back_to_the_exact_method() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("decay", "n"), [(0.5, 400), (0.5, 40), (0.0, 300)])
+def test_a_rank_s_triplets_are_the_first_of_a_larger_one(decay: float, n: int) -> None:
+    """To the bit: by stages, where the stages go over to the exact method, and where all of it is;
+    and to 1e-5 the singular values of the exact method in float64."""
+    W = matrix(400, n, decay)[0]
+    found = {r: _svd.krylov(W, r, torch.Generator().manual_seed(0)) for r in (4, 16, 20, 40)}
+    for r in (4, 16, 20):
+        U, S, Vh = found[40]
+        for mine, theirs in zip(found[r], (U[:, :r], S[:r], Vh[:r]), strict=True):
+            assert torch.equal(mine, theirs)
+    exact = torch.linalg.svdvals(W.double())[:40].float()
+    torch.testing.assert_close(found[40][1], exact, rtol=1e-5, atol=0)
+
+
 def test_the_seed_alone_decides() -> None:
     W, _ = matrix(500, 500, 0.5)
     runs = []

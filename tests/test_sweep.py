@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from test_run import Said, lab, module
 from benchmarks.sweep import TINY, text
 from experiments import lock, plan, record
 from experiments.config import seconds
+from experiments.sweep import Sweep
 from experiments.tasks import BadInput
 from variants._registry import OUTSIDE, index
 
@@ -239,6 +241,19 @@ def _wait_for(what: Any, limit: float = 120.0) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_an_interrupt_in_a_run_s_last_lines_takes_nothing_from_it(
+    words: list[str], tmp_path: Path
+) -> None:
+    """Its line says interrupted, its folder that it is done."""
+    lab("rank=1", *words, out=tmp_path / "runs")
+    (path,) = (tmp_path / "runs" / "single").iterdir()
+    line = {"status": "interrupted", "run": str(path)}
+    job: Any = SimpleNamespace(line=line, before=0, folder=record.Folder(path), path=str(path))
+    assert Sweep._has_ended(None, job) and job.line["status"] == "done"  # type: ignore[arg-type]
+    job.line, job.before = line, job.folder.changed_at  # as it was: this attempt did not end it
+    assert not Sweep._has_ended(None, job)  # type: ignore[arg-type]
 
 
 def test_what_another_driver_has_is_waited_for(words: list[str], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ from ._layer import (
 )
 from ._merge import is_lossy, restack_all, stored_again
 from ._registry import AXES, Incompatible, find_part, find_preset, unknown
-from ._targets import Site, all_layers, all_linear, resolve
+from ._targets import Site, all_layers, all_linear, leaves, resolve
 
 Targets = str | Sequence[str]
 
@@ -271,8 +271,10 @@ def plan(
     ]
     if not sites:
         what = " ".join((choice.form.__doc__ or "").split())
+        able = [p for p, m in layers.items() if choice.form.applies(kind_of(m), _has_bias(m))]
         raise Incompatible(
-            f"form {choice.form.name}: no layer of targets={targets} can take it; it is: {what}"
+            f"form {choice.form.name}: no layer of targets={targets} can take it; it is: {what} "
+            f"Layers of this model that can: {leaves(able)}"
         )
     choice.form.fits_layers([site.name for site in sites])
     ranks = _by_site(model, "rank_pattern", rank_pattern, sites)

@@ -38,8 +38,8 @@ True
 
 The cache serves a rank from what was computed for a larger one, whatever the seed: 16 at first, a
 power of two, or the largest of a sweep (which its driver says in the environment, `FACTORS`), so
-that a sweep over ranks and seeds factorizes each matrix once. A rank keeps what it found at first:
-larger files come beside smaller ones.
+that a sweep over ranks and seeds factorizes each matrix once. Larger files come beside smaller
+ones, and which of them serves a rank does not show: the triplets are the same to the bit.
 
 >>> [most(r, 4096, swept) for r, swept in ((4, 0), (16, 0), (17, 0), (4, 100), (5000, 0))]
 [16, 16, 32, 128, 4096]
@@ -57,7 +57,7 @@ from ._registry import FACTORS, Incompatible
 OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
 RESIDUAL = 1e-5  # of the largest singular value
 CACHED_FROM = 2**20  # entries: below, computing is cheaper than the file
-AT_FIRST = 16  # triplets: fewer take hardly less time
+AT_FIRST = 16  # triplets, of the first stage: fewer take hardly less time
 METHODS = ("exact", "krylov")
 SLICES = ("top", "last", "middle", "random")
 NESTED = ("top", "last")  # those of which a larger one holds every smaller one
@@ -71,12 +71,33 @@ def exact(W: Tensor, r: int) -> Triplets:
 
 
 def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
-    """The top r triplets by block Krylov iteration, or by `exact` where that would not pay."""
-    m, n = W.shape
-    q = r + OVERSAMPLE
-    if m < n:
+    """The top r triplets by block Krylov iteration, or by `exact` where that would not pay.
+
+    By stages that r does not change: `AT_FIRST`, as many again of what those leave of W, twice as
+    many of what all those leave. So what is found for a rank begins, to the bit, with what is found
+    for a smaller one.
+    """
+    if W.shape[0] < W.shape[1]:
         V, S, Uh = krylov(W.mT, r, generator)
         return Uh.mT.contiguous(), S, V.mT.contiguous()
+    found, done, rest, most = [], 0, W, 0.0
+    while done < r:
+        stage = _stage(rest, max(done, AT_FIRST), most, generator)
+        found.append(exact(rest, r - done) if stage is None else stage)
+        if stage is None:
+            break
+        U, S, _ = stage
+        done, most = done + len(S), most or S[0].item()
+        if done < r:
+            rest = rest - U @ (U.mT @ rest)  # orthogonal to V as well: rest V = U S
+    U, S, Vh = (torch.cat(parts, d) for d, parts in zip((1, 0, 0), zip(*found), strict=True))
+    return U[:, :r].contiguous(), S[:r].clone(), Vh[:r].contiguous()
+
+
+def _stage(W: Tensor, r: int, most: float, generator: torch.Generator) -> Triplets | None:
+    """The top r triplets of W [m, n], m >= n, if the iteration gets there; `most`: the largest
+    singular value if it is not that of W."""
+    n, q = W.shape[1], r + OVERSAMPLE
     block = torch.randn(n, q, generator=generator).to(W)
     blocks: list[Tensor] = []
     for count in range(1, MAX_BLOCKS + 1):
@@ -88,12 +109,12 @@ def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
             continue
         V = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [n, q count]
         U, S, Yh = torch.linalg.svd(W @ V, full_matrices=False)
-        U, S, Vh = U[:, :r].contiguous(), S[:r].clone(), Yh[:r] @ V.mT
+        U, S, Vh = U[:, :r], S[:r], Yh[:r] @ V.mT
         # W V = U S holds by construction; W^T U = V S is what convergence adds
         residual = torch.linalg.vector_norm(W.mT @ U - Vh.mT * S, dim=0).max()
-        if residual <= RESIDUAL * S[0]:
+        if residual <= RESIDUAL * (most or S[0]):
             return U, S, Vh
-    return exact(W, r)
+    return None
 
 
 def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
@@ -165,7 +186,7 @@ def _stem(M: Tensor, which: str, method: str, r: int, generator: torch.Generator
     slice, method, and where it matters rank and seed."""
     seed = generator.initial_seed() if which == "random" else 0
     rule = f"{which} {method if which == 'top' else 'exact'} {r} "
-    rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL}"
+    rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL} {AT_FIRST}"
     digest = hashlib.sha256(f"{tuple(M.shape)} {M.dtype} {rule} {seed}".encode())
     digest.update(M.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"

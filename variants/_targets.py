@@ -1,6 +1,6 @@
 """Which layers a variant adapts: roles (`all-linear`, `attention`, `mlp`, `q`, ...) or names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,12 +184,17 @@ def _shares(model: nn.Module, parts: tuple[str, ...], module: nn.Module) -> list
 
 
 def _nothing(word: str, layers: dict[str, nn.Module]) -> Incompatible:
-    leaves = list(dict.fromkeys(_stem(path).rpartition(".")[2] for path in layers))
     return Incompatible(
         f"targets={word}: matches no layer; roles: all-linear, "
         f"{', '.join((*GROUPS, *ROLES, *OTHERS))}; "
-        f"layers of this model: {', '.join(leaves) or 'none'}"
+        f"layers of this model: {leaves(layers)}"
     )
+
+
+def leaves(paths: Iterable[str]) -> str:
+    """The last names of these layers, each once."""
+    names = (_stem(path).rpartition(".")[2] or path for path in paths)
+    return ", ".join(dict.fromkeys(names)) or "none"
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
