@@ -23,7 +23,6 @@ from test_run import FORKS, lab, rows_of
 import variants
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("runs")  # its forks
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=5", "eval.limit_during=4",
          "eval.batch_size=8", "track.mode=disabled", "task.items=200", "train.log_every=1",
          "train.checkpoint_every=3"]  # fmt: skip

@@ -30,9 +30,6 @@ from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group(
-    "runs"
-)  # one worker imports for its forks and has the fixtures
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
          "track.mode=disabled", "task.items=200"]  # fmt: skip
 

@@ -25,7 +25,6 @@ from experiments.tasks import BadInput
 from variants._registry import OUTSIDE, index
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("sweeps")  # one worker imports for the sweeps' runs
 BAD = '''"""Bad: an init that does what none should (nobody, 2026), https://example.org.
 
     W = W0 + s B A
