@@ -10,6 +10,7 @@ import torch
 from models import MODELS, labelled, logits, made
 
 import variants
+from variants import _together
 from variants._adapter import Adapter, choose, needs
 
 # Beside the layers that a variant asks for by itself, on each architecture, these targets.
@@ -114,6 +115,12 @@ def _names(case: tuple[str, Place]) -> str:
 
 
 SAMPLE = _sample(rounds=1, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that layers of one input answer together for so few tokens too."""
+    monkeypatch.setattr(_together, "TOKENS", 1)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=_names)

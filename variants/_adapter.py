@@ -76,6 +76,7 @@ from ._layer import (
 from ._merge import is_lossy, restack_all, stored_again
 from ._registry import AXES, Incompatible, find_part, find_preset, unknown
 from ._targets import Site, all_layers, all_linear, leaves, resolve
+from ._together import bring_together
 
 Targets = str | Sequence[str]
 
@@ -749,6 +750,7 @@ def build(
         replace(model, path, module)
     saved = {path: _copy(model, path, tensors) for path in copied}
     sites = {item.site.name: item.site for item in planned}
+    bring_together(model, layers, sites)
     aside = [layer for layer in layers.values() if layer.acting_s != layer.full_s]
     if tensors is None and aside:
         notes = [*notes, f"alpha has no effect in {len(aside)} of {len(layers)} matrices, where "

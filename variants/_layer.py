@@ -53,6 +53,7 @@ from ._dropout import Seed, draw_seed, dropout
 from ._kinds import Keeper, Kind, kind_of
 from ._product import adapted, made_product
 from ._registry import Incompatible
+from ._together import Together
 
 
 class Frozen(Keeper):
@@ -129,6 +130,7 @@ class Adapted(nn.Module):
         self.rank, self.full_s, self.p_drop = rank, s, dropout
         self.out_features, self.in_features = frozen.out_features, frozen.in_features
         self.enabled = True
+        self.together: Together | None = None  # with layers that are given the same input
         # an allocation's (p as it is seen, factor of s) in training, such as the first b directions
         self.seen: tuple[Callable[[Tensors], Tensors], float] | None = None
         for what, pair in (("subtracted", subtracted), ("restoring", restoring)):
@@ -261,9 +263,14 @@ class Adapted(nn.Module):
         return dropout(x, *self.draw_dropout()) if self.drops else x
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
-        frozen = self.frozen
-        return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())
+        """W0 x + bias + s B A dropout(x), keeping x alone for backward; without the bias where the
+        form adds that itself."""
+        frozen, bias = self.frozen, None if self.form.adds_bias else self.frozen.bias
+        if self.together is not None and not torch.compiler.is_compiling():
+            y = self.together.output(self, x)
+            if y is not None:
+                return y
+        return adapted(x, frozen.stored, bias, A, B, self.s, *self.draw_dropout())
 
     def made_product(self, x: Tensor, p: Tensors, made: Callable[[Tensors], Any]) -> Tensor:
         """M dropout(x) for M [m, n] = made(p), or B A dropout(x) for (A, B) = made(p), keeping x

@@ -62,6 +62,16 @@ def lent(W: Tensor | None, decoded: Decoded | None, dtype: torch.dtype) -> Any:
     return nullcontext(W) if decoded is None else decoded(dtype)
 
 
+def of_base(
+    x: Tensor, given: Tensor | None, W: Tensor | None, decoded: Decoded | None, bias: Tensor | None
+) -> Tensor:
+    """W x + bias in memory of its own, which may be changed; `given`: where it is at hand."""
+    if given is not None:
+        return given.clone(memory_format=torch.contiguous_format)
+    with lent(W, decoded, x.dtype) as own:
+        return F.linear(x, own, None if bias is None else bias.to(x.dtype))
+
+
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """y + a b, in the memory of y unless a derivative of this is asked for."""
     return torch.addmm(y, a, b) if torch.is_grad_enabled() else y.addmm_(a, b)
@@ -91,12 +101,8 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
         down = F.linear(drop(flat, places(x.numel(), p, seed, x.device), p), A.to(x.dtype)).mul_(s)
-        if given is None:
-            with lent(W, decoded, x.dtype) as own:
-                y = F.linear(x, own, None if bias is None else bias.to(x.dtype))
-        else:
-            y = given.clone(memory_format=torch.contiguous_format)
-        y.view(-1, B.shape[0]).addmm_(down, B.to(x.dtype).mT)  # y is no view: it may be changed
+        y = of_base(x, given, W, decoded, bias)
+        y.view(-1, B.shape[0]).addmm_(down, B.to(x.dtype).mT)
         ctx.save_for_backward(x, A, B, W)
         ctx.settings = decoded, given is None, s, p, seed, None if bias is None else bias.dtype
         return y
