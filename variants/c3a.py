@@ -23,6 +23,10 @@ Rows of a block are shifts of the first one, to the right; and the fast path is 
 >>> w = form.start(torch.zeros(30, 24), 0, 1.0, torch.Generator().manual_seed(0))["w"]
 >>> 0.9 < w.abs().max().item() * 3 <= 1.0
 True
+>>> def change(n):  # of y, once every w has moved by 0.3
+...     return (form.change(torch.zeros(6, n), {"w": torch.full((2, n // 3, 3), 0.3)}, 1.0)).sum(1)
+>>> torch.allclose(change(12), change(48))
+True
 >>> w = C3A(kernel="kaiming").start(torch.zeros(30, 600), 0, 1.0, torch.Generator())["w"]
 >>> round(w.abs().max().item() * 600**0.5, 1)
 1.0
@@ -110,4 +114,5 @@ preset(
     alpha=None,
     lr=0.3,
     lr_origin="the paper's Table A6, LLaMA-2-7B and LLaMA-3-8B on commonsense reasoning",
+    width_exponent=0.0,  # n inputs, each times w / n: the same change of y at every width
 )
