@@ -264,7 +264,7 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
         flips = np.concatenate([flips[:1], flips[1 :: max(1, len(flips) // 2000)]])
     allowed = math.floor(level * len(flips) * (1 + TIE))  # the observed one among them
     found = []
-    for noise in np.split(np.random.default_rng(n).standard_normal((draws, n)), 8):
+    for noise in np.array_split(np.random.default_rng(n).standard_normal((draws, n)), 8):
         s, o = noise @ flips.T, flips.sum(axis=1)
         seen = s[:, :1]
         until = np.maximum((s - seen)[:, 1:] / (n - o[1:]), (-s - seen)[:, 1:] / (n + o[1:]))

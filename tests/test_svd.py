@@ -57,6 +57,21 @@ def test_a_rank_s_triplets_are_the_first_of_a_larger_one(decay: float, n: int) -
     torch.testing.assert_close(found[40][1], exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("rank", [0, 10, 20, 400])
+def test_triplets_beyond_the_rank_are_orthogonal_still(rank: int) -> None:
+    """Of a matrix of that rank, or of one whose spectrum falls as exp(-i / 2)."""
+    generator = torch.Generator().manual_seed(0)
+    L, R = (torch.linalg.qr(torch.randn(k, 400, generator=generator)).Q for k in (500, 400))
+    S = torch.exp(-torch.arange(400) / 2) if rank == 400 else (torch.arange(400) < rank).float()
+    W = L * S @ R.mT
+    for M in (W, W.mT):
+        U, found, Vh = _svd.krylov(M, 32, generator)
+        for own in (U.mT @ U, Vh @ Vh.mT):
+            torch.testing.assert_close(own, torch.eye(32), rtol=0, atol=1e-5)
+        assert (found.diff() <= 0).all()
+        torch.testing.assert_close(found, S[:32], rtol=0, atol=1e-5)
+
+
 def test_the_seed_alone_decides() -> None:
     W, _ = matrix(500, 500, 0.5)
     runs = []

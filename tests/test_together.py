@@ -1,6 +1,8 @@
 """Projections of one input, adapted together: the numbers are those of each by itself."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,8 +34,8 @@ def attached(preset: str, model: Any, **settings: Any) -> Adapter:
 
 
 def alone(adapter: Adapter) -> Adapter:
-    for layer in adapter.layers.values():
-        layer.together = None
+    for end in adapter._ends:
+        end()
     return adapter
 
 
@@ -43,11 +45,36 @@ def dense(layer: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.nn.functional.linear(x, W, bias)
 
 
-def groups(adapter: Adapter) -> set[tuple[str, ...]]:
-    """The last names of the layers of each group."""
-    found = {id(la.together): la.together for la in adapter.layers.values() if la.together}
-    names = {id(layer): name.rpartition(".")[2] for name, layer in adapter.layers.items()}
-    return {tuple(names[id(layer)] for layer in group.layers) for group in found.values()}
+def groups(model: nn.Module) -> set[tuple[str, ...]]:
+    """The names of the layers of each group."""
+    hooks = [h for module in model.modules() for h in module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return {tuple(own.names) for own in owners if isinstance(own, _together.Within)}
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers were answered for, each time."""
+    counts, answers = [], _together._answers
+
+    def noted(layers: Any, x: Tensor) -> Any:
+        counts.append(len(layers))
+        return answers(layers, x)
+
+    monkeypatch.setattr(_together, "_answers", noted)
+    return counts
+
+
+class Attention(nn.Module):
+    """Declared in another order than called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj, self.v_proj, self.q_proj = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        y = x if y is None else y
+        return torch.softmax(self.q_proj(x) @ self.k_proj(y).mT, -1) @ self.v_proj(y)
 
 
 def step(adapter: Adapter, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -65,14 +92,13 @@ def test_a_step_is_that_of_each_alone(preset: str) -> None:
     """In float64, to 1e-10; for DyLoRA by the same draw of the directions."""
     model, inputs = made("llama")
     both = [attached(preset, copy.deepcopy(model).double()) for _ in range(2)]
-    assert groups(both[0]) == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+    assert groups(both[0].model) == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
     for adapter in both:
         adapter.model.train()
     one, other = (step(adapter, inputs) for adapter in (both[0], alone(both[1])))
     assert len(one) == len(other) == 1 + len(list(both[0].parameters()))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    assert all(len(g) > 1 for g in groups(both[0]))
 
 
 @pytest.mark.parametrize("preset", ["lora", "dora"])
@@ -101,25 +127,54 @@ def test_fewer_products_and_no_more_bytes(preset: str, dtype: torch.dtype) -> No
     assert counts[True][1] <= counts[False][1]
 
 
-def test_what_is_given_another_input_answers_for_itself() -> None:
-    """The first pass is right, and after it there is no group."""
-
-    class Cross(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj, self.k_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.q_proj(x) @ self.k_proj(y).mT
-
-    net, x, y = nn.Sequential(Cross()), torch.randn(3, 4), torch.randn(3, 4)
-    adapter = attached("lora", net)
-    q, k = map(dense, adapter.layers.values())
-    assert groups(adapter) == {("q_proj", "k_proj")}
-    wanted = q(x) @ k(y).mT
+def test_what_is_given_another_input_answers_for_itself(answered: list[int]) -> None:
+    net, x, y = nn.Sequential(Attention()), torch.randn(3, 4), torch.randn(3, 4)
+    layers = {k[2]: la for k, la in attached("lora", net).layers.items()}
+    q, k, v = (dense(layers[name]) for name in "qkv")
     for _ in range(2):
-        torch.testing.assert_close(net[0](x, y), wanted)
-        assert groups(adapter) == {()}
+        torch.testing.assert_close(net[0](x, y), torch.softmax(q(x) @ k(y).mT, -1) @ v(y))
+        torch.testing.assert_close(net(x), torch.softmax(q(x) @ k(x).mT, -1) @ v(x))
+    assert answered == [3] * 4
+    assert all(layer.together is None for layer in layers.values())
+
+
+def test_no_answer_outlives_its_forward(answered: list[int]) -> None:
+    """Other numbers, another mode, a layer by itself, a forward that was cut short."""
+    net, x = nn.Sequential(Attention()), torch.randn(3, 4)
+    adapter = attached("lora", net)
+    with torch.no_grad():
+        net(x)
+        for t in adapter.parameters():
+            t.mul_(3)
+    layers = {k[2]: la for k, la in adapter.layers.items()}
+    q, k, v = (dense(layers[name]) for name in "qkv")
+    torch.testing.assert_close(net(x), torch.softmax(q(x) @ k(x).mT, -1) @ v(x))
+    assert answered == [3, 3]
+    torch.testing.assert_close(layers["k"](x), k(x))
+    with pytest.raises(RuntimeError):
+        net[0](x, torch.randn(3, 5))
+    assert answered == [3, 3, 3] and layers["v"].together is None
+    x = nn.Parameter(x)
+    for _ in range(3):
+        net(x).square().sum().backward()
+    layers["q"](x).sum().backward()
+    del q, k, v
+    found, gone = [weakref.ref(t) for t in (net, layers["q"])], gc.isenabled()
+    gc.disable()
+    del net, adapter, layers
+    assert all(ref() is None for ref in found)  # no cycle keeps a model
+    gc.enable() if gone else None
+
+
+def test_what_was_not_used_has_no_gradient() -> None:
+    class Part(Attention):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.q_proj(x)
+
+    adapter = attached("lora", nn.Sequential(Part()))
+    adapter.model(torch.randn(3, 4)).sum().backward()
+    for name, layer in adapter.layers.items():
+        assert (layer.params["B"].grad is None) == ("q_proj" not in name)
 
 
 def test_an_input_that_was_changed_in_place_is_another() -> None:
@@ -132,16 +187,18 @@ def test_an_input_that_was_changed_in_place_is_another() -> None:
             y = self.gate_proj(x)
             return y + self.up_proj(x.mul_(2))
 
-    with torch.no_grad():
-        net, x = nn.Sequential(Changed()), torch.randn(3, 4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        net = nn.Sequential(Changed())
         gate, up = map(dense, attached("lora", net).layers.values())
-        wanted = gate(x) + up(2 * x)
-        torch.testing.assert_close(net(x), wanted)
+        with mode():
+            x = torch.randn(3, 4)
+            wanted = gate(x) + up(2 * x)
+            torch.testing.assert_close(net(x), wanted)
 
 
 def test_attention_that_may_look_elsewhere_is_no_group() -> None:
     adapter = attached("lora", made("t5")[0])
-    assert not any({"q", "k", "v"} & set(group) for group in groups(adapter))
+    assert not any({"q", "k", "v"} & set(group) for group in groups(adapter.model))
 
 
 def test_off_dropped_copied_and_inferred() -> None:
@@ -168,23 +225,46 @@ def test_off_dropped_copied_and_inferred() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, step(theirs, inputs), strict=True))
 
 
-def test_a_recomputed_block_has_the_same_gradients() -> None:
-    class Block(nn.Module):
+@pytest.mark.parametrize("name", ["llama", "vit", "gpt2"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_model_has_the_same_gradients(
+    name: str, autocast: bool, reentrant: bool
+) -> None:
+    model, inputs = made(name)
+    targets = "q,v" if name == "gpt2" else None
+    adapter = attached("lora", model, targets=targets)
+    model.enable_input_require_grads()
+    assert groups(model)
+    found = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        torch.manual_seed(0)  # GPT-2 has dropout of its own
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(step(adapter, inputs))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recomputation_that_ends_early() -> None:
+    class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+            self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.softmax(self.q_proj(x) @ self.k_proj(x).mT, -1) @ self.v_proj(x)
+            return self.gate_proj(x).sin() + self.up_proj(x)
 
-    block = nn.Sequential(Block())
-    adapter, x = attached("lora", block), torch.randn(3, 4, requires_grad=True)
+    net, x = nn.Sequential(Gated()), torch.randn(3, 4, requires_grad=True)
+    adapter = attached("lora", net)
     found = []
-    for way in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
-        way(x).square().sum().backward()  # type: ignore[union-attr]
+    for way in (net, lambda x: checkpoint(net, x, use_reentrant=False)):
+        way(way(x)).square().sum().backward()  # type: ignore[union-attr]
         found.append([x.grad, *(t.grad for t in adapter.parameters())])
         x.grad = None
         for t in adapter.parameters():
             t.grad = None
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert groups(adapter) == {("q_proj", "k_proj", "v_proj")}
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -374,7 +374,7 @@ class Adapter:
     given: frozenset[str] = frozenset()  # shared tensors that a file gave, whatever the seed draws
     merge_error: float = 0.0  # largest relative Frobenius error over the matrices, after merge()
     _penalty_asked: bool = False
-    _end_remaking: Callable[[], None] = lambda: None
+    _ends: Sequence[Callable[[], None]] = ()  # of the hooks on its model
     _warned: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:
@@ -582,7 +582,8 @@ class Adapter:
 
     def _leave(self, module_of: Callable[[Any], nn.Module], saved: str) -> nn.Module:
         self._refuse_ended()
-        self._end_remaking()
+        for end in self._ends:
+            end()
         for path, layer in list(stand_ins(self.model)):
             replace(self.model, path, module_of(layer))
         restack_all(self.model)
@@ -750,7 +751,7 @@ def build(
         replace(model, path, module)
     saved = {path: _copy(model, path, tensors) for path in copied}
     sites = {item.site.name: item.site for item in planned}
-    bring_together(model, layers, sites)
+    ends = [Remaking().install(model), *bring_together(model, layers, sites)]
     aside = [layer for layer in layers.values() if layer.acting_s != layer.full_s]
     if tensors is None and aside:
         notes = [*notes, f"alpha has no effect in {len(aside)} of {len(layers)} matrices, where "
@@ -758,7 +759,7 @@ def build(
     return Adapter(
         model, choice, layers, shared, sites, prints, targets, dropout, seed, saved, before,
         notes, given=frozenset(k for k in tensors or () if k.startswith("shared.")),
-        _end_remaking=Remaking().install(model),
+        _ends=ends,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ class Adapted(nn.Module):
         self.rank, self.full_s, self.p_drop = rank, s, dropout
         self.out_features, self.in_features = frozen.out_features, frozen.in_features
         self.enabled = True
-        self.together: Together | None = None  # with layers that are given the same input
+        self.together: Together | None = None  # with what its block gives the same input, now
         # an allocation's (p as it is seen, factor of s) in training, such as the first b directions
         self.seen: tuple[Callable[[Tensors], Tensors], float] | None = None
         for what, pair in (("subtracted", subtracted), ("restoring", restoring)):
@@ -266,7 +266,7 @@ class Adapted(nn.Module):
         """W0 x + bias + s B A dropout(x), keeping x alone for backward; without the bias where the
         form adds that itself."""
         frozen, bias = self.frozen, None if self.form.adds_bias else self.frozen.bias
-        if self.together is not None and not torch.compiler.is_compiling():
+        if self.together is not None:
             y = self.together.output(self, x)
             if y is not None:
                 return y
@@ -291,6 +291,7 @@ class Adapted(nn.Module):
             return self._forward(x)
         if x.is_floating_point() and x.dtype != torch.float64:  # as autocast itself has it
             x = x.to(torch.get_autocast_dtype(device))
+        self.together = None  # that x is no other layer's
         with torch.autocast(device, enabled=False):  # norms and the like keep their own precision
             return self._forward(x)
 

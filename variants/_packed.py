@@ -109,8 +109,6 @@ class Pack:
         found = [(own, Share(*self._seen(own, place))) for own, place in _frozen(adapter.model)]
         for own, share in found:
             _store(own).stored = share
-        for layer in adapter.layers.values():
-            layer.together = None  # here one product is of all slices' rows instead
         self.adapters.append(adapter)
         self._model = None
         return len(self.adapters) - 1

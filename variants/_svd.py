@@ -80,18 +80,31 @@ def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
     if W.shape[0] < W.shape[1]:
         V, S, Uh = krylov(W.mT, r, generator)
         return Uh.mT.contiguous(), S, V.mT.contiguous()
-    found, done, rest, most = [], 0, W, 0.0
-    while done < r:
-        stage = _stage(rest, max(done, AT_FIRST), most, generator)
-        found.append(exact(rest, r - done) if stage is None else stage)
-        if stage is None:
+    U, S, V = W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0)
+    rest, most = W, 0.0
+    while len(S) < r:
+        stage = _stage(rest, max(len(S), AT_FIRST), most, generator)
+        last = stage is None
+        U1, S1, Vh1 = exact(rest, r - len(S)) if stage is None else stage
+        U, V, S = _beside(U, U1), _beside(V, Vh1.mT), torch.cat((S, S1))
+        most = most or S1[0].item()
+        if last:
             break
-        U, S, _ = stage
-        done, most = done + len(S), most or S[0].item()
-        if done < r:
+        if len(S) < r:
             rest = rest - U @ (U.mT @ rest)  # orthogonal to V as well: rest V = U S
-    U, S, Vh = (torch.cat(parts, d) for d, parts in zip((1, 0, 0), zip(*found), strict=True))
-    return U[:, :r].contiguous(), S[:r].clone(), Vh[:r].contiguous()
+    S = torch.cummin(S, dim=0).values  # of equal ones a later stage's may be larger by rounding
+    return U[:, :r].contiguous(), S[:r].clone(), V[:, :r].mT.contiguous()
+
+
+def _beside(basis: Tensor, more: Tensor) -> Tensor:
+    """Both side by side, `more` made orthogonal to the basis: where little is left of W but
+    rounding, its directions are any."""
+    if not basis.shape[1]:
+        return more
+    Q, R = torch.linalg.qr(torch.cat((basis, more), dim=1))
+    new = slice(basis.shape[1], None)
+    sign = torch.where(R.diagonal()[new] < 0, -1.0, 1.0).to(Q.dtype)
+    return torch.cat((basis, Q[:, new] * sign), dim=1)
 
 
 def _stage(W: Tensor, r: int, most: float, generator: torch.Generator) -> Triplets | None:

@@ -1,36 +1,31 @@
 """Projections of one input, adapted together: q, k and v, or gate and up.
 
-The first of them to be called answers for all: the products by their A are one, [T, r1 + r2 + ..],
-and so are those of backward by and for them, and the gradient of x is gathered in one place. The
-others find their answer waiting, if they are given that very x; a group of which one was given
-another input (as in cross-attention) is a group no more, and each answers for itself. So it does
-for few tokens, where one product more or less is less than the looking.
+While their block's forward runs, the first of them to be called answers for all: the products by
+their A are one, [T, r1 + r2 + ..], and so are those of backward by and for them, and the gradient
+of x is gathered in one place. The others find their answer waiting, if they are given that very x;
+else each answers for itself. So it does for few tokens, where one product more or less is less than
+the looking.
 
 >>> import variants
 >>> class Block(nn.Module):
 ...     def __init__(self):
 ...         super().__init__()
-...         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, m) for m in (6, 3, 3))
+...         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(4, m) for m in (3, 6, 3))
 ...     def forward(self, x, other=None):
 ...         return self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)
 >>> net, x = nn.Sequential(Block()).double(), torch.randn(TOKENS, 4, dtype=torch.float64)
 >>> layers = variants.attach(net, "lora", rank=2).layers
 >>> for layer in layers.values():
 ...     _ = nn.init.normal_(layer.params["B"])
->>> group = layers["0.q_proj"].together
->>> [torch.allclose(y, x @ la.weight.T + la.bias) for y, la in zip(net(x), layers.values())]
+>>> wanted = {name[-6:]: (x @ la.weight.T + la.bias) for name, la in layers.items()}
+>>> [torch.allclose(y, wanted[f"{k}_proj"]) for y, k in zip(net(x), "qkv")]
 [True, True, True]
->>> len(group.layers), len(group.waiting)
-(3, 0)
->>> y = net[0](x, 2 * x)
->>> torch.allclose(y[1], 2 * x @ layers["0.k_proj"].weight.T + layers["0.k_proj"].bias)
+>>> torch.allclose(net[0](x, x.clone())[1], wanted["k_proj"])
 True
->>> group.layers
-[]
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,37 +63,41 @@ class _Together(torch.autograd.Function):
             y.view(-1, up.shape[1]).addmm_(down, up, alpha=scales[i])
             ys.append(y)
         ctx.save_for_backward(x, *A, *B, *W)
-        ctx.settings = scales, decoded, [t is None for t in given], biases
+        types = [None if t is None else t.dtype for t in biases]
+        ctx.settings = scales, decoded, [t is None for t in given], types
+        ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         scales, decoded, whole, biases = ctx.settings
         x, *rest = ctx.saved_tensors
-        k, dtype = len(scales), grads[0].dtype
+        k, needs = len(scales), _columns(ctx.needs_input_grad[3:])
         A, B, W = rest[:k], rest[k : 2 * k], rest[2 * k :]
-        needs = _columns(ctx.needs_input_grad[3:])
-        gs, flat = [g.reshape(-1, g.shape[-1]) for g in grads], x.reshape(-1, x.shape[-1])
-        stacked, ranks = _stacked(A, dtype), [len(a) for a in A]
-        ups = [g @ (s * b).to(dtype) for g, s, b in zip(gs, scales, B, strict=True)]
-        up = torch.cat(ups, dim=1)
-        gx, gA, gB = None, [None] * k, [None] * k
+        g = {i: t.reshape(-1, t.shape[-1]) for i, t in enumerate(grads) if t is not None}
+        found: list[list[Any]] = [[None] * 5 for _ in scales]  # of what was not used, nothing
+        if not g:
+            return (None, None, None, *(t for each in found for t in each))
+        dtype, flat = next(iter(g.values())).dtype, x.reshape(-1, x.shape[-1])
+        stacked, ranks = _stacked([A[i] for i in g], dtype), [len(A[i]) for i in g]
+        up = torch.cat([own @ (scales[i] * B[i]).to(dtype) for i, own in g.items()], dim=1)
+        gx = None
         if ctx.needs_input_grad[0]:
             gx = up @ stacked
-            for i, g in enumerate(gs):
-                gx = plus_back(gx, g, W[i], decoded[i]) if whole[i] else gx
+            for i, own in g.items():
+                gx = plus_back(gx, own, W[i], decoded[i]) if whole[i] else gx
             gx = gx.view(x.shape)
         if any(needs[0]):
-            gA = [t.to(a.dtype) for t, a in zip((up.mT @ flat).split(ranks), A, strict=True)]
+            for i, gA in zip(g, (up.mT @ flat).split(ranks), strict=True):
+                found[i][0] = gA.to(A[i].dtype)
         if any(needs[1]):
             downs = F.linear(flat, stacked).split(ranks, dim=1)
-            gB = [(s * (g.mT @ down)).to(b.dtype)
-                  for s, g, down, b in zip(scales, gs, downs, B, strict=True)]  # fmt: skip
-        found: list[Any] = [gx, None, None]
-        for i, g in enumerate(gs):
-            gb = g.sum(0).to(biases[i].dtype) if needs[4][i] else None
-            found += [gA[i], gB[i], None if whole[i] else grads[i], None, gb]
-        return tuple(found)
+            for (i, own), down in zip(g.items(), downs, strict=True):
+                found[i][1] = (scales[i] * (own.mT @ down)).to(B[i].dtype)
+        for i, own in g.items():
+            found[i][2] = None if whole[i] else grads[i]
+            found[i][4] = own.sum(0).to(biases[i]) if needs[4][i] else None
+        return (gx, None, None, *(t for each in found for t in each))
 
 
 def _columns(each: Sequence[Any]) -> list[Sequence[Any]]:
@@ -110,64 +109,89 @@ def _stacked(matrices: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Together:
-    """Layers that are given one input, in the order of their calls."""
+    """Layers within one forward of their block."""
 
     def __init__(self, layers: Sequence["Adapted"]) -> None:
-        self.layers = list(layers)
-        self.waiting: dict[Any, tuple[Tensor, int, Tensor]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:  # a copy waits for nothing
-        return {"layers": self.layers, "waiting": {}}
+        self.layers = layers
+        self.given: tuple[Tensor, int, bool] | None = None
+        self.waiting: dict[Any, Tensor] = {}
 
     def output(self, layer: "Adapted", x: Tensor) -> Tensor | None:
         """The layer's output for x; None: it answers for itself."""
-        version = 0 if x.is_inference() else x._version
-        found = self.waiting.pop(layer, None)
-        if found is not None and found[0] is x and found[1] == version:
-            return found[2]
-        first = bool(self.layers) and layer is self.layers[0]
-        if found is not None or (first and self.waiting):
-            self.layers, self.waiting = [], {}
-        many = x.numel() >= TOKENS * x.shape[-1]
-        if not (first and self.layers and many and all(_ready(own) for own in self.layers)):
+        if x.is_inference():  # has no version to know a change in place by
             return None
-        each: list[Tensor | None] = []
-        for own in self.layers:
-            stored, bias = own.frozen.stored, own.frozen.bias if not own.form.adds_bias else None
-            A, B = own.form.asked(own.p)  # type: ignore[misc]
-            each += [A, B, stored.given(x, bias), stored.resident(x.dtype), bias]
-        decoded = [own.frozen.stored.decoded if W is None else None
-                   for own, W in zip(self.layers, each[3::5], strict=True)]  # fmt: skip
-        scales = [own.s for own in self.layers]
-        y, *others = _Together.apply(x, scales, decoded, *each)  # type: ignore[misc]
-        self.waiting = {own: (x, version, out)
-                        for own, out in zip(self.layers[1:], others, strict=True)}  # fmt: skip
-        return y
+        seen = x, x._version, torch.is_grad_enabled()
+        if self.given is None:
+            self.given = seen
+            if x.numel() >= TOKENS * x.shape[-1]:
+                self.waiting = dict(zip(self.layers, _answers(self.layers, x), strict=True))
+        found = self.waiting.pop(layer, None)
+        given, *state = self.given
+        return found if given is x and state == [*seen[1:]] else None
 
 
-def _ready(layer: "Adapted") -> bool:
-    """Whether it is on, and sees its input as the others do."""
-    return layer.enabled and not layer.drops
+def _answers(layers: Sequence["Adapted"], x: Tensor) -> tuple[Tensor, ...]:
+    each: list[Tensor | None] = []
+    for own in layers:
+        stored, bias = own.frozen.stored, None if own.form.adds_bias else own.frozen.bias
+        A, B = own.form.asked(own.p)  # type: ignore[misc]
+        each += [A, B, stored.given(x, bias), stored.resident(x.dtype), bias]
+    decoded = [own.frozen.stored.decoded if W is None else None
+               for own, W in zip(layers, each[3::5], strict=True)]  # fmt: skip
+    return _Together.apply(x, [own.s for own in layers], decoded, *each)  # type: ignore[return-value]
+
+
+class Within:
+    """The hooks of a block: its layers of these names are together while its forward runs."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def install(self, block: nn.Module) -> Callable[[], None]:
+        """From now on; what it returns ends it."""
+        handles = (block.register_forward_pre_hook(self.begin),
+                   block.register_forward_hook(self.end, always_call=True))  # fmt: skip
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
+
+    def begin(self, block: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiler sees through it anyway
+            return
+        layers: list[Any] = [block.get_submodule(name) for name in self.names]
+        if all(getattr(own, "enabled", False) and not own.drops for own in layers):
+            together = Together(layers)
+            for own in layers:
+                own.together = together
+
+    def end(self, block: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for name in self.names:
+            own: Any = block.get_submodule(name)
+            if hasattr(own, "together"):
+                own.together = None
 
 
 def bring_together(
     model: nn.Module, layers: Mapping[str, "Adapted"], sites: Mapping[str, Site]
-) -> None:
-    """Groups the layers of each block that are likely to be given one input."""
-    found: dict[Any, list[Adapted]] = {}
+) -> list[Callable[[], None]]:
+    """Groups the layers of each block that are given one input; what ends each group."""
+    found: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         site = sites[name]
-        block = site.path if site.role else site.path.rpartition(".")[0]
+        block, _, leaf = site.path.rpartition(".")
         role = site.role or role_of(site.path)
+        if site.role:  # a part of a fused layer, which gives all its parts its own input
+            block, leaf = site.path, f"slices.{site.role}"
         roles = next((roles for roles in ROLES if role in roles), None)
-        if roles is None or not _joins(layer) or (not site.role and _crosses(model, block)):
-            continue
-        found.setdefault((block, roles, layer.in_features), []).append(layer)
-    for group in found.values():
-        if len(group) > 1:
-            together = Together(group)
-            for layer in group:
-                layer.together = together
+        if roles and _joins(layer) and (site.role or not _crosses(model, block)):
+            found.setdefault((block, roles, layer.in_features), []).append(leaf)
+    return [Within(names).install(model.get_submodule(block))
+            for (block, *_), names in found.items() if len(names) > 1]  # fmt: skip
 
 
 def _joins(layer: "Adapted") -> bool:

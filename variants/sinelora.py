@@ -19,6 +19,13 @@ A rank-1 product gives a change of higher rank, in which n, omega and s stand wh
 True
 >>> bool(torch.allclose(change[4], 3 * torch.sin(20 * p["B"][4] * p["A"][0]) / 4, atol=1e-5))
 True
+>>> def slope(n):  # of y = (W - W0) x by B, where B is 0 and A and x are alike at every width
+...     p, A = {"B": torch.zeros(1, 1, requires_grad=True)}, torch.full((1, n), n**-0.5)
+...     y = SineLoRA(omega=20.0).change(torch.zeros(1, n), p | {"A": A}, 1.0).sum()
+...     return torch.autograd.grad(y, p["B"])[0].item()
+>>> lora = lambda n: n**0.5  # B A x of the same A and x
+>>> round(slope(64) / lora(64) / (slope(4096) / lora(4096)), 4)  # so much more where it is narrow
+8.0
 >>> A = SineLoRA().start(torch.zeros(6, 100), 50, 1.0, g)["A"]
 >>> 0.099 < A.abs().max().item() <= 0.1
 True
@@ -69,4 +76,5 @@ preset(
     alpha="2r",
     lr=3e-4,
     lr_origin="the defaults of the official llm/finetune.py, as rank and alpha; omega has none",
+    width_exponent=0.281,  # LoRA's .781, less the half by which s omega / sqrt(n) itself grows
 )
