@@ -76,7 +76,6 @@ class Form(Part):
     low_rank: ClassVar[bool] = False  # has factors: an init may give A and B
     scaled: ClassVar[bool] = True  # s enters its equation
     replaces: ClassVar[bool] = False  # what it trains stands in place of W, not beside it
-    adds_bias: ClassVar[bool] = False  # itself, after the product
     drops: ClassVar[bool] = True  # it changes W, so that the change's input can be dropped out
     starts_at_base: ClassVar[bool] = True  # weight(W0, start(W0), s) == W0
     rank_is_bounded: ClassVar[bool] = True  # by the largest matrix
@@ -96,10 +95,6 @@ class Form(Part):
     def factors(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
         """(A [r, n], B [m, r]) where W = W0 + s B A, else None."""
         return None
-
-    def asked(self, p: Tensors) -> tuple[Tensor, Tensor] | None:
-        """(A, B) where all that `forward` asks of W0 is `layer.product(x, A, B)`, else None."""
-        return self.factors(p) if type(self).forward is Form.forward else None
 
     def change(self, W0: Tensor, p: Tensors, s: float) -> Tensor:
         """W - W0, where the equation adds it: so that no product in few bits rounds it away."""

@@ -263,14 +263,13 @@ class Adapted(nn.Module):
         return dropout(x, *self.draw_dropout()) if self.drops else x
 
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """W0 x + bias + s B A dropout(x), keeping x alone for backward; without the bias where the
-        form adds that itself."""
-        frozen, bias = self.frozen, None if self.form.adds_bias else self.frozen.bias
+        """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
+        frozen = self.frozen
         if self.together is not None:
             y = self.together.output(self, x)
             if y is not None:
                 return y
-        return adapted(x, frozen.stored, bias, A, B, self.s, *self.draw_dropout())
+        return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())
 
     def made_product(self, x: Tensor, p: Tensors, made: Callable[[Tensors], Any]) -> Tensor:
         """M dropout(x) for M [m, n] = made(p), or B A dropout(x) for (A, B) = made(p), keeping x

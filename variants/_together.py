@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._api import Form
 from ._kinds import Conv1DKind, Kind
 from ._product import of_base, plus_back
 from ._targets import Site, role_of
@@ -133,8 +134,8 @@ class Together:
 def _answers(layers: Sequence["Adapted"], x: Tensor) -> tuple[Tensor, ...]:
     each: list[Tensor | None] = []
     for own in layers:
-        stored, bias = own.frozen.stored, None if own.form.adds_bias else own.frozen.bias
-        A, B = own.form.asked(own.p)  # type: ignore[misc]
+        stored, bias = own.frozen.stored, own.frozen.bias
+        A, B = own.form.factors(own.p)  # type: ignore[misc]
         each += [A, B, stored.given(x, bias), stored.resident(x.dtype), bias]
     decoded = [own.frozen.stored.decoded if W is None else None
                for own, W in zip(layers, each[3::5], strict=True)]  # fmt: skip
@@ -195,9 +196,10 @@ def bring_together(
 
 
 def _joins(layer: "Adapted") -> bool:
-    """Whether its form asks for the product with two factors of which A learns."""
-    pair = layer.form.asked(layer.p) if type(layer.kind) in (Kind, Conv1DKind) else None
-    return pair is not None and pair[0].requires_grad
+    """Whether its form is two factors, of which A learns, with the products of every such form."""
+    plain = type(layer.kind) in (Kind, Conv1DKind) and type(layer.form).forward is Form.forward
+    factors = layer.form.factors(layer.p) if plain else None
+    return factors is not None and factors[0].requires_grad
 
 
 def _crosses(model: nn.Module, block: str) -> bool:

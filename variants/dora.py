@@ -56,6 +56,7 @@ from torch import Tensor
 from ._api import LowRank, Tensors, wide
 from ._layer import Adapted
 from ._magnitude import corrected, rescaled
+from ._product import adapted
 from ._registry import Incompatible, preset
 
 CANCELLED = 1e-3  # of ||W0||^2: below, the factored norm has lost too many digits
@@ -71,7 +72,6 @@ class DoRA(LowRank, name="dora"):
     """what sees dropped inputs: `change`, all of W - W0, as the authors; `low_rank`, B A alone"""
 
     parameters = "r*(m + n) + m"
-    adds_bias = True
 
     def __post_init__(self) -> None:
         if self.dropout_on not in ("change", "low_rank"):
@@ -92,9 +92,6 @@ class DoRA(LowRank, name="dora"):
         norm = norm.detach() if self.detach_norm else norm
         return m / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
-    def asked(self, p: Tensors) -> tuple[Tensor, Tensor]:
-        return p["A"], p["B"]
-
     def forward(self, x: Tensor, layer: Adapted) -> Tensor:
         return self.product(x, layer, layer.p["A"], layer.p["B"], layer.s)
 
@@ -103,10 +100,10 @@ class DoRA(LowRank, name="dora"):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
             norm = row_norms(layer, A, B, s)
         c = self._ratio(layer.p["m"], norm)
+        base, drawn = layer.frozen.stored, layer.draw_dropout()
         if layer.drops and self.dropout_on == "change":
-            drawn = layer.draw_dropout()
-            return corrected(x, layer.frozen.stored, layer.bias, A, B, c, s, *drawn)
-        moved = rescaled(layer.product(x, A, B), c)
+            return corrected(x, base, layer.bias, A, B, c, s, *drawn)
+        moved = rescaled(adapted(x, base, None, A, B, s, *drawn), c)
         bias = layer.bias_like(x)
         return moved if bias is None else moved + bias
 

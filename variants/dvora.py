@@ -37,7 +37,6 @@ class DVoRA(VeRA, name="dvora"):
     """take ||V|| as a constant in backward"""
 
     parameters = "2*m + r"
-    adds_bias = True
 
     def shapes(self, m: int, n: int, r: int) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(m, n, r), "m": (m,)}
