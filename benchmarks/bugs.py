@@ -1225,8 +1225,8 @@ BUGS = [
     ),
     Bug(
         "_svd",
-        "residual <= RESIDUAL * S[0]",
-        "residual >= RESIDUAL * S[0]",
+        "residual <= RESIDUAL * (most or S[0])",
+        "residual >= RESIDUAL * (most or S[0])",
         "Krylov's answer is taken while it is wrong",
         "pissa; lora_xs",
     ),

@@ -88,18 +88,25 @@ FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "experim
 
 
 def _typed(words: list[str], out: Path, said: Path) -> None:
-    """`python run.py`, in a fork; what it says on stderr goes to a file."""
+    """`python run.py`, in a fork; what it says goes to a file."""
     sys.argv = ["run.py", *words, f"out_dir={out}"]
-    with said.open("w") as stderr, contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(stderr):
+    with said.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
+        with contextlib.redirect_stderr(file):
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+
+
+def typed(words: list[str], out: Path) -> tuple[Any, Path]:
+    """The process of such a command, begun, and where it says what it does."""
+    said = out.with_suffix(".said")
+    said.touch()
+    process = FORKS.Process(target=_typed, args=(words, out, said))
+    process.start()
+    return process, said
 
 
 def _signalled(step: float, words: list[str], out: Path, signum: int) -> tuple[int | None, str]:
     """(exit code, what was said) of a run that gets a signal once that step is logged."""
-    said = out.with_suffix(".stderr")
-    process = FORKS.Process(target=_typed, args=(words, out, said))
-    process.start()
+    process, said = typed(words, out)
     while process.is_alive():
         rows = [p.read_text().count('"grad_norm"') for p in out.glob("single/*/metrics.jsonl")]
         if rows and rows[0] >= step:

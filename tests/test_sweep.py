@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import Said, lab, module
+from test_run import Said, lab, module, typed
 
 from benchmarks.sweep import TINY, text
 from experiments import lock, plan, record
@@ -268,19 +269,14 @@ def test_what_another_driver_has_is_waited_for(words: list[str], tmp_path: Path)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     states_then = states(lab("-m", "rank=1,2", *words, "dry=true", out=out))
     assert states_then == ["running", "missing"]
-    command = [sys.executable, "run.py", "-m", "rank=1,2", *words, f"out_dir={out}"]
-    driver = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    assert driver.stdout is not None
-    said = ""
-    while "waiting for 1 run that other processes have" not in said:
-        line = driver.stdout.readline()
-        assert line, said
-        said += line
-    assert f"{other.pid})" in said and len(results(out)) == 1
+    driver, said = typed(["-m", "rank=1,2", *words, "sweep.isolate=false"], out)
+    waits = "waiting for 1 run that other processes have"
+    _wait_for(lambda: waits in said.read_text() or not driver.is_alive())
+    assert re.search(rf"{waits} .*{other.pid}\)", said.read_text()) and len(results(out)) == 1
     other.kill()
     other.communicate()
-    driver.communicate(timeout=120)
-    assert driver.returncode == 0 and len(results(out)) == 2
+    driver.join(timeout=120)
+    assert driver.exitcode == 0 and len(results(out)) == 2
 
 
 def test_a_lock_of_another_host_holds_while_its_pulse_is_fresh(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, islice
 from string import ascii_lowercase
 from typing import Any
@@ -111,7 +112,14 @@ def stream(
 
 def items(skills: Sequence[str], count: int, seed: int, **options: Any) -> list[Item]:
     """Return the first `count` items of `stream(skills, seed, **options)`."""
-    return list(islice(stream(skills, seed, **options), count))
+    return list(_first(tuple(skills), count, seed, tuple(options.items())))
+
+
+@lru_cache(maxsize=8)  # those of a task: jobs of one process share their data
+def _first(
+    skills: tuple[str, ...], count: int, seed: int, options: tuple[tuple[str, Any], ...]
+) -> tuple[Item, ...]:
+    return tuple(islice(stream(skills, seed, **dict(options)), count))
 
 
 @dataclass(frozen=True)
