@@ -392,18 +392,18 @@ def test_a_divergence_is_a_result(tmp_path: Path) -> None:
 
 def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    words = ["-m", "variant=lora,pissa", "rank=2", *QUICK, "sweep.isolate=false"]
+    words = ["-m", "variant=lora,pissa", "rank=2,4", *QUICK, "sweep.isolate=false"]
     done = lab(*words, out=out)
     results = sorted(out.rglob("result.json"))
-    assert len(results) == 2 and "2 runs" in done.stdout
+    assert len(results) == 4 and "4 runs" in done.stdout
     stamps = [p.stat().st_mtime_ns for p in results]
-    words[2] = "rank=2,100000"
+    words[2] = "rank=2,4,100000"
     done = lab(*words, out=out, code=1)
     assert "refused: variant=lora rank=100000" in done.stderr
     assert [p.stat().st_mtime_ns for p in results] == stamps
-    assert "4 runs" in done.stdout
+    assert "6 runs" in done.stdout
     done = lab(*words, "dry=true", out=out, code=0)
-    assert done.stdout.count("done ") == 2
+    assert done.stdout.count("done ") == 4
 
 
 def test_a_finished_run_joins_the_group_of_a_later_sweep(

@@ -39,6 +39,12 @@ def alone(adapter: Adapter) -> Adapter:
     return adapter
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
 def dense(layer: Any) -> Callable[[Tensor], Tensor]:
     """What it computes, by its own dense matrix."""
     W, bias = layer.weight.detach(), layer.bias
@@ -178,11 +184,7 @@ def test_what_was_not_used_has_no_gradient() -> None:
 
 
 def test_an_input_that_was_changed_in_place_is_another() -> None:
-    class Changed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-
+    class Changed(Gated):
         def forward(self, x: Tensor) -> Tensor:
             y = self.gate_proj(x)
             return y + self.up_proj(x.mul_(2))
@@ -249,19 +251,31 @@ def test_a_recomputed_model_has_the_same_gradients(
 
 
 def test_a_recomputation_that_ends_early() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
-
+    class Sum(Gated):
         def forward(self, x: Tensor) -> Tensor:
             return self.gate_proj(x).sin() + self.up_proj(x)
 
-    net, x = nn.Sequential(Gated()), torch.randn(3, 4, requires_grad=True)
+    net, x = nn.Sequential(Sum()), torch.randn(3, 4, requires_grad=True)
     adapter = attached("lora", net)
     found = []
     for way in (net, lambda x: checkpoint(net, x, use_reentrant=False)):
         way(way(x)).square().sum().backward()  # type: ignore[union-attr]
+        found.append([x.grad, *(t.grad for t in adapter.parameters())])
+        x.grad = None
+        for t in adapter.parameters():
+            t.grad = None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cross_attention_may_be_recomputed() -> None:
+    """Keys and values of a source that nothing in the signature gives away."""
+    net, y = nn.Sequential(Attention()), torch.randn(3, 4)
+    x = torch.randn(3, 4, requires_grad=True)
+    adapter = attached("lora", net)
+    found = []
+    for way in (net[0], lambda x, y: checkpoint(net[0], x, y, use_reentrant=False)):
+        way(x, y).square().sum().backward()  # type: ignore[union-attr]
         found.append([x.grad, *(t.grad for t in adapter.parameters())])
         x.grad = None
         for t in adapter.parameters():
