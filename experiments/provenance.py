@@ -46,11 +46,11 @@ def _digest(path: str | Path, size: int, mtime_ns: int) -> str | None:
 def sources() -> dict[str, str]:
     """The hash of every file of the project that this process has imported so far, less those
     that arrange runs and show them."""
-    found = {}
+    found, here = {}, f"{ROOT}{os.sep}"
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and Path(file).is_relative_to(ROOT) and ".venv" not in file:
-            name = str(Path(file).relative_to(ROOT))
+        if file and file.startswith(here) and ".venv" not in file:
+            name = file.removeprefix(here)
             if name.startswith(("variants/", "experiments/")) and name not in ARRANGING:
                 found[name] = digest_now(Path(file)) or ""
         elif file and module.__name__.startswith(registry.GROUP):  # a variant of the user's own

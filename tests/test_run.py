@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from experiments import record, track
+from experiments import isolate, record, track
 from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
@@ -80,7 +80,8 @@ def only(out: Path) -> Path:
     return found
 
 
-FORKS = multiprocessing.get_context("forkserver")  # processes that have their imports done
+# processes that have their imports done: forks of this one, where no CUDA forbids it
+FORKS = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
 FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "experiments.track",
                               "transformers.models.auto.modeling_auto",
                               "transformers.models.llama.modeling_llama",
@@ -89,6 +90,7 @@ FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "experim
 
 def _typed(words: list[str], out: Path, said: Path) -> None:
     """`python run.py`, in a fork; what it says goes to a file."""
+    isolate._server = None  # that of the parent
     sys.argv = ["run.py", *words, f"out_dir={out}"]
     with said.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
         with contextlib.redirect_stderr(file):

@@ -267,7 +267,7 @@ def plan(
         targets = find_preset(choice.preset).targets
     sites = [
         site
-        for site in resolve(model, targets)
+        for site in resolve(model, targets, layers)
         if choice.form.applies(kind_of(layers[site.path]), _has_bias(layers[site.path]))
     ]
     if not sites:
@@ -707,8 +707,10 @@ def build(
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     notes = [*notes, *_coded(model, choice, planned)]
     dense: Base = find_part("base", "dense").load()
-    body = {path for path in all_linear(model) if not any(_inside(path, c) for c in copied)}
-    bases = {path: choice.base if path in body else dense for path in all_layers(model)}
+    found_layers = all_layers(model)
+    linear = all_linear(model, found_layers)
+    body = {path for path in linear if not any(_inside(path, c) for c in copied)}
+    bases = {path: choice.base if path in body else dense for path in found_layers}
     found: Mapping[str, Tensors] = {}
     if tensors is None and needs(choice):
         if calibration is None:
@@ -717,7 +719,7 @@ def build(
         planned = _reranked(choice, planned, scores)
     if dropout:
         for item in planned:
-            if not kind_of(all_layers(model)[item.site.path]).drops:
+            if not kind_of(found_layers[item.site.path]).drops:
                 raise Incompatible(f"dropout={dropout}: the input of {item.site.name} is no "
                                    f"vector of numbers to drop from")  # fmt: skip
     by_path: dict[str, list[Planned]] = {}
@@ -728,7 +730,6 @@ def build(
     new: dict[str, nn.Module] = {}
     with torch.no_grad():
         shared = _shared(model, choice, planned, seed, tensors)
-        found_layers = all_layers(model)
         for path, module in found_layers.items():
             base = bases[path]
             if path in by_path:

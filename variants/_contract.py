@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ._registry import describe, find_part, find_preset
 class Toy(nn.Module):
     """Two linear layers to adapt, a third that is no target, and a head."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         self.first, self.second = nn.Linear(24, 20), nn.Linear(20, 24, bias=False)
@@ -50,7 +51,6 @@ class Toy(nn.Module):
             if p.ndim == 2:
                 U, S, Vh = torch.linalg.svd(p.data, full_matrices=False)
                 p.data = U * (S * 0.7 ** torch.arange(len(S))) @ Vh
-        self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         h = x + self.second(F.silu(self.first(x)))
@@ -61,17 +61,22 @@ class Toy(nn.Module):
 class NormToy(Toy):
     """With a norm that has a bias and one that has none, for a form of norms."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(8)
         self.before, self.after = nn.LayerNorm(24), nn.RMSNorm(24)
         for norm in (self.before, self.after):
             for p in norm.parameters():
                 p.data += 0.3 * torch.randn(24, generator=generator)
-        self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         return super().forward(self.after(self.before(x)), labels)
+
+
+@cache
+def _toy(cls: type[Toy]) -> Toy:
+    """The model of that class, to be copied: its spectra take longer than a copy."""
+    return cls()
 
 
 def _calibration() -> list[dict[str, Tensor]]:
@@ -117,7 +122,7 @@ class Case:
 
     def toy(self, dtype: torch.dtype = torch.float32) -> Toy:
         """The model."""
-        return NormToy(dtype) if self.norms else Toy(dtype)
+        return deepcopy(_toy(NormToy if self.norms else Toy)).to(dtype)
 
     def attach(self, model: nn.Module | None = None, **settings: Any) -> Adapter:
         model = self.toy() if model is None else model
@@ -195,9 +200,9 @@ def forward_equals_weight(case: Case) -> None:
                 W0, W, product = layer.W0, layer.weight, layer.kind.product
                 wanted = product(x, W, layer.bias)
                 _close(layer.eval()(x), wanted, 1e-9, "eval")
-                torch.manual_seed(5)
+                torch.default_generator.manual_seed(5)
                 fast = layer.train()(x)
-                torch.manual_seed(5)
+                torch.default_generator.manual_seed(5)
                 if layer.drops:
                     dropped = layer.dropout(x)
                     wanted = F.linear(x, W0, layer.bias) + F.linear(dropped, W - W0)
@@ -454,9 +459,9 @@ def _gradients(adapter: Adapter) -> None:
     for layer in adapter.layers.values():
         x = torch.randn(16, _width(layer), generator=generator).requires_grad_()
         up = torch.randn(16, layer.out_features, generator=generator)
-        torch.manual_seed(5)
+        torch.default_generator.manual_seed(5)
         got = torch.autograd.grad(layer(x), [x, *layer.trained], up)
-        torch.manual_seed(5)
+        torch.default_generator.manual_seed(5)
         mask = layer.dropout(torch.ones_like(x)).double()
         p = {
             k: t.detach().double().requires_grad_(k not in layer.untrained)
@@ -486,7 +491,7 @@ def _gradients(adapter: Adapter) -> None:
 def forked_rng(seed: int) -> Any:
     """Another global seed, for as long as the context lasts."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch's own notes a stack for every device
         yield
 
 

@@ -239,7 +239,10 @@ def kind_of(module: nn.Module) -> Any:
     """The kind that owns the module, or None."""
     if isinstance(module, Keeper):
         return type(module.kind)
-    return next((kind for kind in KINDS if kind.owns(module)), None)
+    for kind in KINDS:
+        if kind.owns(module):
+            return kind
+    return None
 
 
 def shape_of(module: Any) -> tuple[int, int]:

@@ -103,33 +103,28 @@ def all_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of them that are linear, experts' matrices included."""
+def all_linear(model: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> list[str]:
+    """Every linear layer but the output head, experts' matrices included: what the base axis
+    stores. `layers`: all of the model's, where they are at hand."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = (Kind, Conv1DKind, ExpertKind)
-    return {k: v for k, v in all_layers(model).items() if kind_of(v) in kinds}
+    return [path for path, module in (layers or all_layers(model)).items()
+            if kind_of(module) in kinds and module is not head
+            and not any(part in HEADS for part in path.split("."))]  # fmt: skip
 
 
-def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether the layer is the model's output head or a part of it."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return module is output or any(part in HEADS for part in path.split("."))
-
-
-def all_linear(model: nn.Module) -> list[str]:
-    """Every linear layer but the output head: what the base axis stores."""
-    layers = linear_layers(model)
-    return [path for path, module in layers.items() if not is_head(model, path, module)]
-
-
-def resolve(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:
+def resolve(
+    model: nn.Module, targets: str | Sequence[str], layers: dict[str, nn.Module] | None = None
+) -> list[Site]:
     """The matrices that `targets` means, in the model's order.
 
     A target is a role, a group of roles, `all-linear`, or the (end of the) path of a layer;
     several come as a list or with commas. One that matches nothing is refused.
+    `layers`: all of the model's, where they are at hand.
     """
     words = targets.split(",") if isinstance(targets, str) else list(targets)
-    layers = all_layers(model)
-    body = all_linear(model)
+    layers = layers or all_layers(model)
+    body = all_linear(model, layers)
     found: dict[Site, None] = {}
     for word in (str(w).strip() for w in words):
         sites = list(_match(model, word, body, layers))
