@@ -257,17 +257,23 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
     >>> round(detectable(6, 0.05), 1), round(detectable(40, 0.05), 2)     # t tests: 1.44, .45
     (1.8, 0.45)
     """
-    if least_p(n) > level:
+    seen, flips = _flips(n)[:1], _flips(n)[1:]
+    generator = np.random.default_rng(n)
+    most = max(2000, math.ceil(5 / level))  # enough to tell the level
+    if len(flips) > most:
+        flips = flips[generator.choice(len(flips), most, replace=False)]
+    # flips of a test, the observed one among them
+    allowed = math.floor(level * (1 + len(flips)) * (1 + TIE))
+    if allowed < 1 or least_p(n) > level:
         return math.inf
-    flips = _flips(n)
-    if n > 12:  # a level of .005 needs no more
-        flips = np.concatenate([flips[:1], flips[1 :: max(1, len(flips) // 2000)]])
-    allowed = math.floor(level * len(flips) * (1 + TIE))  # the observed one among them
-    found = []
-    for noise in np.array_split(np.random.default_rng(n).standard_normal((draws, n)), 8):
-        s, o = noise @ flips.T, flips.sum(axis=1)
-        seen = s[:, :1]
-        until = np.maximum((s - seen)[:, 1:] / (n - o[1:]), (-s - seen)[:, 1:] / (n + o[1:]))
+    o = flips.sum(axis=1)
+    always = np.abs(o) == n  # a drawn flip may be the observed one
+    signs, found = np.where(always, np.nan, o), []
+    pieces = math.ceil(draws * len(flips) / 4e6)  # of 32 MB
+    for noise in np.array_split(generator.standard_normal((draws, n)), pieces):
+        s, s0 = noise @ flips.T, noise @ seen.T
+        until = np.maximum((s - s0) / (n - signs), (-s - s0) / (n + signs))
+        until[:, always] = np.inf
         found.append(-np.partition(-until, allowed - 1, axis=1)[:, allowed - 1])
     return float(np.quantile(np.concatenate(found), power))
 

@@ -1331,8 +1331,8 @@ BUGS = [
     ),
     Bug(
         "_kinds",
-        "kind.owns(module)), None)",
-        "kind.owns(module)), Kind)",
+        "            return kind\n    return None",
+        "            return kind\n    return Kind",
         "every unknown module counts as linear",
         "lora",
     ),

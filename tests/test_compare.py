@@ -728,6 +728,23 @@ def test_one_method_under_two_names_is_seldom_told_apart() -> None:
         assert np.mean(wrong) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / count)
 
 
+@pytest.mark.parametrize(
+    ("n", "level"), [(8, 0.05), (13, 0.0025), (14, 0.005), (16, 0.05 / 65), (17, 0.05 / 101)]
+)
+def test_the_detectable_effect_is_found_four_times_of_five(n: int, level: float) -> None:
+    """By the test itself, on other noise, at levels of families too; and less effect is found less
+    often."""
+    noise = np.random.default_rng(5).standard_normal((400, n))
+    for share, low, high in ((1.0, 0.74, 0.86), (0.7, 0.0, 0.6)):
+        size = share * stats.detectable(n, level)
+        found = np.mean([stats.sign_flip([row + size]) <= level for row in noise])
+        assert low <= found <= high, (size, found)
+
+
+def test_what_no_test_reaches_is_not_planned() -> None:
+    assert stats.detectable(17, 1e-6) == math.inf, "fewer than one of the drawn flips"
+
+
 def test_power_at_the_detectable_effect() -> None:
     generator = np.random.default_rng(0)
     size = stats.detectable(8, 0.05) * math.sqrt(2)

@@ -159,7 +159,7 @@ def test_what_is_stored_and_restored_is_what_the_init_chose(
 ) -> None:
     """Bit for bit, in the model's dtype: Q = nf4(W0 - B' A'), disabled Q + B0 A0; the same after
     saving, loading under another seed, and through a state_dict."""
-    model, x = Toy(dtype), torch.randn(5, 24).to(dtype)
+    model, x = Toy().to(dtype), torch.randn(5, 24).to(dtype)
     W0 = {name: getattr(model, name).weight.detach().clone() for name in TARGETS}
     extra = calibrated(preset)
     for batch in extra.get("calibration", []):

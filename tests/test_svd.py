@@ -45,16 +45,21 @@ def test_a_flat_spectrum_falls_back_to_the_exact_method() -> None:
 
 @pytest.mark.parametrize(("decay", "n"), [(0.5, 400), (0.5, 40), (0.0, 300)])
 def test_a_rank_s_triplets_are_the_first_of_a_larger_one(decay: float, n: int) -> None:
-    """To the bit: by stages, where the stages go over to the exact method, and where all of it is;
-    and to 1e-5 the singular values of the exact method in float64."""
-    W = matrix(400, n, decay)[0]
-    found = {r: _svd.krylov(W, r, torch.Generator().manual_seed(0)) for r in (4, 16, 20, 40)}
-    for r in (4, 16, 20):
-        U, S, Vh = found[40]
+    """To the bit: by stages, where the stages go over to the exact method, and where all of it is.
+    They are W's: orthogonal, U^T W V = S, to 1e-5 the singular values of float64."""
+    generator = torch.Generator().manual_seed(2)
+    W = matrix(400, n, decay)[0] * (1 - 2.0 * torch.randint(2, (n,), generator=generator))
+    ranks = [r for r in (4, 16, 20, 33, 40, 64, 100) if r <= n]
+    found = {r: _svd.krylov(W, r, torch.Generator().manual_seed(0)) for r in ranks}
+    U, S, Vh = found[ranks[-1]]
+    for r in ranks:
         for mine, theirs in zip(found[r], (U[:, :r], S[:r], Vh[:r]), strict=True):
             assert torch.equal(mine, theirs)
-    exact = torch.linalg.svdvals(W.double())[:40].float()
-    torch.testing.assert_close(found[40][1], exact, rtol=1e-5, atol=0)
+    exact = torch.linalg.svdvals(W.double())[: ranks[-1]].float()
+    torch.testing.assert_close(S, exact, rtol=1e-5, atol=0)
+    for own in (U.mT @ U, Vh @ Vh.mT):
+        torch.testing.assert_close(own, torch.eye(ranks[-1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(U.mT @ W @ Vh.mT, S.diag(), rtol=0, atol=1e-5 * S[0].item())
 
 
 @pytest.mark.parametrize("rank", [0, 10, 20, 400])

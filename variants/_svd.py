@@ -85,7 +85,7 @@ def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
     while len(S) < r:
         stage = _stage(rest, max(len(S), AT_FIRST), most, generator)
         last = stage is None
-        U1, S1, Vh1 = exact(rest, r - len(S)) if stage is None else stage
+        U1, S1, Vh1 = exact(rest, W.shape[1] - len(S)) if stage is None else stage
         U, V, S = _beside(U, U1), _beside(V, Vh1.mT), torch.cat((S, S1))
         most = most or S1[0].item()
         if last:
