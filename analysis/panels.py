@@ -388,7 +388,7 @@ def profiles(units: Sequence[Unit], rules: Rules) -> Rows:
     found = []
     for (scope, metric), by_name in groups.items():
         every = np.concatenate([np.array(v) for v in by_name.values() if v] or [np.zeros(0)])
-        if not every.any():  # none, or nothing to see: no run is above 0
+        if not every.any():  # no run, or all of them 0: nothing to see
             continue
         grid = np.linspace(every.min(), every.max(), 101)
         above = {name: aggregates.profile(np.array(v), grid).tolist()

@@ -1063,6 +1063,27 @@ BUGS = [
         "lora; dora",
     ),
     Bug(
+        "_svd",
+        "torch.cat((basis, Q[:, new] * sign), dim=1)",
+        "torch.cat((basis, Q[:, new]), dim=1)",
+        "a later stage's vectors with the signs of the QR",
+        "pissa",
+    ),
+    Bug(
+        "_together",
+        "same = given is x and state == seen",
+        "same = state == seen",
+        "an answer to what another layer was given",
+        "lora",
+    ),
+    Bug(
+        "_together",
+        "y.view(-1, up.shape[1]).addmm_(down, up, alpha=scales[i])",
+        "y.view(-1, up.shape[1]).addmm_(down, up)",
+        "s forgotten in what is answered for others",
+        "lora",
+    ),
+    Bug(
         "_product",
         "up, shape = (g @ B.to(dtype)).mul(s), (",
         "up, shape = (g @ B.to(dtype)), (",

@@ -146,8 +146,8 @@ def page(folder: Path) -> str:
 
 INTRODUCTION = """\
 Written by `python -m benchmarks.sheet FOLDER` from what each command below left there by `--json`.
-A ratio is the median of the rounds' own ratios with its 95 % interval; `of` stands before what it
-should not exceed, and \\* behind one that does."""
+A ratio is the median of the rounds' own ratios, with its 95 % interval where there are several;
+`of` stands before its bound, and \\* behind one that misses it."""
 
 
 def _machine(found: dict[str, Any]) -> str:

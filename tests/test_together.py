@@ -1,5 +1,6 @@
 """Projections of one input, adapted together: the numbers are those of each by itself."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -198,6 +199,114 @@ def test_an_input_that_was_changed_in_place_is_another() -> None:
             torch.testing.assert_close(net(x), wanted)
 
 
+class Between(Gated):
+    """Something happens between the two."""
+
+    def __init__(self, what: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gate_proj(x)
+        with self.what(self, x) or contextlib.nullcontext():
+            return y + self.up_proj(x)
+
+
+def _learn_more(net: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        net.up_proj.params["B"].mul_(2)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [_learn_more,
+     lambda net, x: net.train() and None,
+     lambda net, x: torch.enable_grad(),
+     lambda net, x: torch.inference_mode()],
+    ids=["parameters", "dropout", "grad mode", "inference mode"],
+)  # fmt: skip
+def test_what_changes_between_two_layers_ends_their_group(
+    what: Callable[[Any, Tensor], Any], answered: list[int]
+) -> None:
+    net, x = Between(what), torch.randn(3, 4)
+    found = []
+    for change in (lambda adapter: adapter, alone):
+        adapter = change(attached("lora", copy.deepcopy(net), dropout=0.5))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            y = adapter.model.eval()(x)
+        found.append((y, y.requires_grad))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] and answered == [2]
+
+
+def test_an_input_that_begins_to_need_a_gradient(answered: list[int]) -> None:
+    net = Between(lambda net, x: (x.requires_grad_(), None)[1])
+    adapter, x = attached("lora", net), torch.randn(3, 4)
+    net(x).sum().backward()
+    up = dense(adapter.layers["up_proj"])
+    torch.testing.assert_close(x.grad, torch.autograd.grad(up(x).sum(), x)[0])
+    assert answered == [2]
+
+
+@pytest.mark.parametrize("which", ["all", "up_proj", "tokens"])
+def test_a_part_of_a_block_may_be_recomputed(which: str) -> None:
+    """By a checkpoint that begins once the block's hooks have run, as a patched forward's does."""
+
+    def again(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: checkpoint(own, x, use_reentrant=False)  # type: ignore[return-value]
+
+    class Net(Gated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own: Any = lambda own: own
+
+        def both(self, x: Tensor) -> Tensor:
+            up = self.own(self.up_proj) if which == "up_proj" else self.up_proj
+            return self.gate_proj(x).sin() * up(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.both if which == "up_proj" else self.own(self.both)
+            return torch.cat([both(part) for part in (x.split(2) if which == "tokens" else [x])])
+
+    net, found = Net(), []
+    adapter, x = attached("lora", net), torch.randn(4, 4, requires_grad=True)
+    for own in (net.own, again):
+        net.own, x.grad = own, None
+        found.append([x.grad, *step(adapter, {"x": x})])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_layer_that_brings_its_own_numbers_is_asked_itself(answered: list[int]) -> None:
+    """What shards or offloads a layer by itself does so in a hook of it, or in another forward."""
+    adapter = attached("lora", nn.Sequential(Gated()))
+    net, up = adapter.model, adapter.layers["0.up_proj"]
+    handle = up.register_forward_pre_hook(lambda *_: None)
+    net[0].forward = lambda x: (net[0].gate_proj(x), net[0].up_proj(x))
+    net(torch.randn(3, 4))
+    handle.remove()
+    up.forward = up.forward
+    net(torch.randn(3, 4))
+    assert answered == []
+    del up.forward
+    net(torch.randn(3, 4))
+    assert answered == [2]
+    del net[0].up_proj
+    net[0].forward = lambda x: net[0].gate_proj(x)
+    net(torch.randn(3, 4))
+    assert answered == [2]
+
+
+def test_a_copy_s_end_is_its_own() -> None:
+    adapter = attached("lora", nn.Sequential(Attention()))
+    other = copy.deepcopy(adapter)
+    other.merge()
+    hooks = (adapter.model, adapter.model[0]), (other.model, other.model[0])
+    assert [[len(m._forward_pre_hooks), len(m._forward_hooks)] for m in hooks[0]] == [[1, 1]] * 2
+    assert [[len(m._forward_pre_hooks), len(m._forward_hooks)] for m in hooks[1]] == [[0, 0]] * 2
+
+
 def test_attention_that_may_look_elsewhere_is_no_group() -> None:
     adapter = attached("lora", made("t5")[0])
     assert not any({"q", "k", "v"} & set(group) for group in groups(adapter.model))
@@ -231,7 +340,7 @@ def test_off_dropped_copied_and_inferred() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_model_has_the_same_gradients(
-    name: str, autocast: bool, reentrant: bool
+    name: str, autocast: bool, reentrant: bool, answered: list[int]
 ) -> None:
     model, inputs = made(name)
     targets = "q,v" if name == "gpt2" else None
@@ -246,6 +355,7 @@ def test_a_recomputed_model_has_the_same_gradients(
         torch.manual_seed(0)  # GPT-2 has dropout of its own
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found.append(step(adapter, inputs))
+    assert bool(answered) != autocast, "under autocast nothing is computed in vain"
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -60,7 +60,7 @@ from torch import Tensor, nn
 from ._api import Allocation, Base, Form, Init, Part, Scale, Tensors, Update, trained, wide
 from ._calibrate import calibrate
 from ._experts import experts, unstack
-from ._kept import Remaking
+from ._kept import End, Remaking
 from ._kinds import kind_of, matrix_of, shape_of
 from ._layer import (
     Adapted,
@@ -374,7 +374,7 @@ class Adapter:
     given: frozenset[str] = frozenset()  # shared tensors that a file gave, whatever the seed draws
     merge_error: float = 0.0  # largest relative Frobenius error over the matrices, after merge()
     _penalty_asked: bool = False
-    _ends: Sequence[Callable[[], None]] = ()  # of the hooks on its model
+    _ends: Sequence[End] = ()  # of the hooks on its model
     _warned: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:

@@ -35,6 +35,7 @@ already, and autograd keeps what it is given.
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -170,27 +171,53 @@ class Pass:
         return Made(partial(Tensor.to, dtype=t.dtype), self._held(t.detach().to(of.dtype)))
 
 
-class Remaking:
+class Hooked:
+    """What happens about a module's forward, for as long as it is installed there."""
+
+    def install(self, module: nn.Module) -> "End":
+        """From now on."""
+        module.register_forward_pre_hook(self.begin)
+        module.register_forward_hook(self.end, always_call=True)
+        return End(self, module)
+
+    def begin(self, module: nn.Module, *_: Any) -> None:
+        raise NotImplementedError
+
+    def end(self, module: nn.Module, *_: Any) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class End:
+    """Ends it there. A copy of the model and of this ends the copy's."""
+
+    what: Hooked
+    module: nn.Module
+
+    def __call__(self) -> None:
+        for hooks in (self.module._forward_pre_hooks, self.module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self.what:
+                    del hooks[key]
+        always = self.module._forward_hooks_always_called
+        for key in always.keys() - self.module._forward_hooks.keys():
+            del always[key]
+
+
+class Remaking(Hooked):
     """The hooks of a model that keep a forward pass of it so."""
 
     def __init__(self) -> None:
         self.open: list[saved_tensors_hooks | None] = []
 
-    def install(self, model: nn.Module) -> Callable[[], None]:
-        """From now on; what it returns ends it."""
+    def install(self, module: nn.Module) -> End:
+        """From now on, where torch tells what this has to know."""
         if top_hooks is None:
             log.info("torch %s: backward keeps all that it is given", torch.__version__)
-            return lambda: None
-        begin = model.register_forward_pre_hook(self.begin)
-        end = model.register_forward_hook(self.end, always_call=True)
+            return End(self, module)
+        return super().install(module)
 
-        def remove() -> None:
-            begin.remove()
-            end.remove()
-
-        return remove
-
-    def begin(self, *_: Any) -> None:
+    def begin(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
         within = None
@@ -201,7 +228,7 @@ class Remaking:
             within.__enter__()
         self.open.append(within)
 
-    def end(self, *_: Any) -> None:
+    def end(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
         within = self.open.pop() if self.open else None  # empty: `begin` was compiled, this is not

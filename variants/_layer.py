@@ -265,8 +265,9 @@ class Adapted(nn.Module):
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
         frozen = self.frozen
-        if self.together is not None:
-            y = self.together.output(self, x)
+        together = self.together  # which another thread may end
+        if together is not None:
+            y = together.output(self, x)
             if y is not None:
                 return y
         return adapted(x, frozen.stored, frozen.bias, A, B, self.s, *self.draw_dropout())

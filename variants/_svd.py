@@ -36,6 +36,14 @@ True
 ...     for i in range(5))
 True
 
+What later stages find stands beside the first with its own signs, U^T M V = S:
+
+>>> L, R = (torch.linalg.qr(torch.randn(400, 400, generator=g)).Q for _ in range(2))
+>>> M = L * (1 - 2 * torch.randint(2, (400,), generator=g)) * torch.arange(1, 401) ** -0.5 @ R
+>>> U, S, Vh = krylov(M, 33, g)
+>>> torch.allclose(U.T @ M @ Vh.T, S.diag(), atol=1e-5)
+True
+
 The cache serves a rank from what was computed for a larger one, whatever the seed: 16 at first, a
 power of two, or the largest of a sweep (which its driver says in the environment, `FACTORS`), so
 that a sweep over ranks and seeds factorizes each matrix once. Larger files come beside smaller

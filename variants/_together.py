@@ -20,12 +20,15 @@ the looking.
 >>> wanted = {name[-6:]: (x @ la.weight.T + la.bias) for name, la in layers.items()}
 >>> [torch.allclose(y, wanted[f"{k}_proj"]) for y, k in zip(net(x), "qkv")]
 [True, True, True]
->>> torch.allclose(net[0](x, x.clone())[1], wanted["k_proj"])
+>>> other, k = torch.randn_like(x), layers["0.k_proj"]
+>>> torch.allclose(net[0](x, other)[1], other @ k.weight.T + k.bias)
 True
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._api import Form
+from ._kept import End, Hooked, top_hooks
 from ._kinds import Conv1DKind, Kind
 from ._product import of_base, plus_back
 from ._targets import Site, role_of
@@ -42,7 +46,13 @@ if TYPE_CHECKING:
 
 TOKENS = 256  # below, the looking costs what a product saves
 ROLES = (("q", "k", "v"), ("gate", "up"))
-OTHER_INPUTS = {"key_value_states", "encoder_hidden_states", "key", "context"}  # of an attention
+# of an attention whose q, k and v may have other inputs than one
+OTHER_INPUTS = {
+    "key_value_states", "encoder_hidden_states", "cross_attention_states", "key_hidden_states",
+    "context_hidden_states", "global_hidden_states", "query_states", "key", "keys", "key_tensor",
+    "value", "values", "value_tensor", "kv", "to_tensor", "context", "inputs", "object_queries",
+    "spatial_position_embeddings",
+}  # fmt: skip
 
 
 class _Together(torch.autograd.Function):
@@ -113,22 +123,41 @@ class Together:
     """Layers within one forward of their block."""
 
     def __init__(self, layers: Sequence["Adapted"]) -> None:
-        self.layers = layers
-        self.given: tuple[Tensor, int, bool] | None = None
-        self.waiting: dict[Any, Tensor] = {}
+        self.layers, self.hooks = layers, top_hooks and top_hooks(True)
+        self.given: tuple[Tensor, Any] | None = None
+        self.waiting: dict[Any, tuple[Any, Tensor]] = {}
 
     def output(self, layer: "Adapted", x: Tensor) -> Tensor | None:
         """The layer's output for x; None: it answers for itself."""
-        if x.is_inference():  # has no version to know a change in place by
+        if x.is_inference() or layer.drops:  # the first has no version to know a change by
             return None
-        seen = x, x._version, torch.is_grad_enabled()
+        seen = self._state(x)
+        if seen is None:
+            return None
         if self.given is None:
-            self.given = seen
+            self.given = x, seen
             if x.numel() >= TOKENS * x.shape[-1]:
-                self.waiting = dict(zip(self.layers, _answers(self.layers, x), strict=True))
-        found = self.waiting.pop(layer, None)
-        given, *state = self.given
-        return found if given is x and state == [*seen[1:]] else None
+                answers = _answers(self.layers, x)
+                self.waiting = {own: (_versions(own), y)
+                                for own, y in zip(self.layers, answers, strict=True)}  # fmt: skip
+        versions, found = self.waiting.pop(layer, (None, None))
+        given, state = self.given
+        same = given is x and state == seen and versions == _versions(layer)
+        return found if same else None
+
+    def _state(self, x: Tensor) -> Any:
+        """What an answer depends on beside the numbers; None: no group here. What is kept for
+        backward goes through other hooks where a part of the block is recomputed, which would ask
+        each layer by itself."""
+        grad = torch.is_grad_enabled()
+        if grad and (top_hooks is None or top_hooks(True) != self.hooks):
+            return None
+        return (x._version, grad, x.requires_grad, torch.is_inference_mode_enabled(),
+                threading.get_ident())  # fmt: skip
+
+
+def _versions(layer: "Adapted") -> list[int]:
+    return [t._version for t in layer.params.values()]
 
 
 def _answers(layers: Sequence["Adapted"], x: Tensor) -> tuple[Tensor, ...]:
@@ -142,28 +171,17 @@ def _answers(layers: Sequence["Adapted"], x: Tensor) -> tuple[Tensor, ...]:
     return _Together.apply(x, [own.s for own in layers], decoded, *each)  # type: ignore[return-value]
 
 
-class Within:
+class Within(Hooked):
     """The hooks of a block: its layers of these names are together while its forward runs."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
 
-    def install(self, block: nn.Module) -> Callable[[], None]:
-        """From now on; what it returns ends it."""
-        handles = (block.register_forward_pre_hook(self.begin),
-                   block.register_forward_hook(self.end, always_call=True))  # fmt: skip
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return remove
-
     def begin(self, block: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():  # a compiler sees through it anyway
             return
-        layers: list[Any] = [block.get_submodule(name) for name in self.names]
-        if all(getattr(own, "enabled", False) and not own.drops for own in layers):
+        layers = self._layers(block)
+        if len(layers) == len(self.names) and all(map(_answers_early, layers)):
             together = Together(layers)
             for own in layers:
                 own.together = together
@@ -171,15 +189,28 @@ class Within:
     def end(self, block: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        for own in self._layers(block):
+            own.together = None
+
+    def _layers(self, block: nn.Module) -> list[Any]:
+        """Those of them that are still there, and still adapted."""
+        found: list[Any] = []
         for name in self.names:
-            own: Any = block.get_submodule(name)
-            if hasattr(own, "together"):
-                own.together = None
+            with suppress(AttributeError):
+                found.append(block.get_submodule(name))
+        return [own for own in found if hasattr(own, "together")]
+
+
+def _answers_early(layer: Any) -> bool:
+    """Whether its numbers are there before it is called: whatever shards or offloads a layer by
+    itself brings them in a hook of the layer's own, or in another forward."""
+    own = not layer._forward_pre_hooks and "forward" not in vars(layer)
+    return own and layer.enabled and not layer.drops
 
 
 def bring_together(
     model: nn.Module, layers: Mapping[str, "Adapted"], sites: Mapping[str, Site]
-) -> list[Callable[[], None]]:
+) -> list[End]:
     """Groups the layers of each block that are given one input; what ends each group."""
     found: dict[Any, list[str]] = {}
     for name, layer in layers.items():
@@ -205,4 +236,4 @@ def _joins(layer: "Adapted") -> bool:
 def _crosses(model: nn.Module, block: str) -> bool:
     """Whether an attention may be given keys and values of another input than its queries'."""
     taken = inspect.signature(type(model.get_submodule(block)).forward).parameters
-    return bool(OTHER_INPUTS & set(taken))
+    return bool(OTHER_INPUTS & set([*taken][2:]))  # after self and the first input

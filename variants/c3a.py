@@ -113,6 +113,6 @@ preset(
     rank=None,
     alpha=None,
     lr=0.3,
-    lr_origin="the paper's Table A6, LLaMA-2-7B and LLaMA-3-8B on commonsense reasoning",
+    lr_origin="the paper's Table A6, LLaMA-2-7B and LLaMA-3-8B on commonsense reasoning, b = 128",
     width_exponent=0.0,  # n inputs, each times w / n: the same change of y at every width
 )

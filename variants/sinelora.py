@@ -46,7 +46,7 @@ class SineLoRA(Form, name="sinelora"):
     """W0 + s sin(omega B A) / sqrt(n)."""
 
     omega: float = 200.0
-    """the frequency"""
+    """the frequency; neither paper nor code has one for all tasks"""
 
     rank_means = "r, of the product B A inside the sine"
     parameters = "r*(m + n)"
