@@ -73,7 +73,7 @@ def modules(name: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         words = STARTS[name]
         if words[0] == "run.py" and "--help" not in words:
-            words = [*words, "train.steps=1", f"out_dir={folder}"]
+            words = [*words, "train.steps=1", "eval.limit=8", f"out_dir={folder}"]
         done = subprocess.run(
             [sys.executable, "-c", COUNTED, *words], cwd=ROOT, capture_output=True, text=True
         )

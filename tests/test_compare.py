@@ -252,6 +252,14 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path, change: Any, reason: str
     assert reason in row.reason
 
 
+def test_scores_that_are_all_zero_have_no_profile(tmp_path: Path) -> None:
+    file = tmp_path / "zeros.csv"
+    for score, count in (("0.0", 0), ("1.0", 1), ("-1.0", 1)):
+        lines = [f"{name},1e-3,{seed},math,{score}" for name in OPTIMA for seed in range(6)]
+        file.write_text("\n".join(["variant,lr,seed,task,score", *lines]))
+        assert len(compare(load.csv(file), Rules("lora", margin=1.0))[0]["profiles"]) == count
+
+
 def test_a_flat_curve_has_no_edge() -> None:
     generator = np.random.default_rng(0)
     flat = np.where(np.arange(5) == 4, -0.01, 0.0) + 0.2 * generator.normal(size=(6, 5))

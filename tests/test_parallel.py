@@ -169,7 +169,7 @@ def test_a_sweep_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_twenty_steps_of_the_command(parallel: str, tmp_path: Path) -> None:
     """The loss curve to 1e-5, of the commands that people type."""
-    for words in (["lora", "train.activation_checkpointing=true"], ["dora"], ["adalora"],
+    for words in (["lora", "train.activation_checkpointing=true"], ["dora"], ["adalora"], ["qlora"],
                   ["vera", "rank=64"], ["pissa"], ["increlora"]):  # fmt: skip
         own = [f"variant={words[0]}", *words[1:], *QUICK, "train.steps=20"]
         out = tmp_path / words[0]

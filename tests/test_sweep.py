@@ -202,11 +202,14 @@ def test_an_interrupt_reaches_the_run_and_the_sweep_goes_on_later(
 ) -> None:
     """Ctrl-C in the driver: the run leaves a checkpoint, later ones are not begun."""
     long = [w for w in words if not w.startswith("train.steps")] + ["train.steps=3000"]
-    command = [sys.executable, "run.py", "-m", "rank=1,2", *long, f"out_dir={tmp_path / 'runs'}"]
-    driver = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
-    _wait_for(lambda: _trains(tmp_path))
-    driver.send_signal(signal.SIGINT)
-    assert "interrupted" in driver.communicate()[1] and driver.returncode == 130
+    driver, said = typed(["-m", "rank=1,2", *long], tmp_path / "runs")
+    try:
+        _wait_for(lambda: _trains(tmp_path))
+        os.kill(driver.pid, signal.SIGINT)
+        driver.join(timeout=120)
+    finally:
+        driver.kill()
+    assert "interrupted" in said.read_text() and driver.exitcode == 130
     (status,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/single/*/status.json"))
     assert status["status"] == "interrupted" and "after step" in status["error"]
     assert len(list(tmp_path.glob("runs/single/*/checkpoint/last/state.json"))) == 1
@@ -222,9 +225,11 @@ def test_the_driver_s_death_ends_its_run_with_a_checkpoint(
     long = [w for w in words if not w.startswith("train.steps")] + ["train.steps=3000"]
     command = [sys.executable, "run.py", "-m", "rank=1,2", *long, f"out_dir={tmp_path / 'runs'}"]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _wait_for(lambda: _trains(tmp_path))
-    driver.kill()
-    driver.wait()
+    try:
+        _wait_for(lambda: _trains(tmp_path))
+    finally:
+        driver.kill()
+        driver.wait()
     (folder,) = (record.Folder(p.parent) for p in tmp_path.glob("runs/single/*/metrics.jsonl"))
     _wait_for(lambda: folder.state == "interrupted")
     assert "after step" in folder.status["error"]

@@ -20,7 +20,7 @@ import textwrap
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ class PartInfo:
 
     def load(self, **settings: Any) -> Any:
         """The part itself, with `settings` in place of its defaults."""
+        return self._made(settings) if settings else self._default
+
+    @cached_property
+    def _default(self) -> Any:  # a part has no state: one will do
+        return self._made({})
+
+    def _made(self, settings: dict[str, Any]) -> Any:
         unknown = sorted(set(settings) - set(self.fields))
         if unknown:
             known = ", ".join(self.fields) or "none"
