@@ -307,6 +307,19 @@ def test_a_copy_s_end_is_its_own() -> None:
     assert [[len(m._forward_pre_hooks), len(m._forward_hooks)] for m in hooks[1]] == [[0, 0]] * 2
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("preset", ["lora", "qlora", "hira", "dora"])
+def test_an_output_may_be_changed_in_place(preset: str, together: bool) -> None:
+    """As that of a linear layer, with a bias and over more than one axis."""
+    net, x = nn.Sequential(Between(lambda net, x: None)), torch.randn(2, 3, 4)
+    adapter = attached(preset, net)
+    net = adapter.model if together else alone(adapter).model
+    net[0].forward = lambda x: net[0].gate_proj(x).mul_(2).sin_() + net[0].up_proj(x).add_(1)
+    gate, up = map(dense, adapter.layers.values())
+    torch.testing.assert_close(net(x), (2 * gate(x)).sin() + up(x) + 1)
+    net(x).sum().backward()
+
+
 def test_attention_that_may_look_elsewhere_is_no_group() -> None:
     adapter = attached("lora", made("t5")[0])
     assert not any({"q", "k", "v"} & set(group) for group in groups(adapter.model))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._dropout import Seed, drop, places
-from ._product import Decoded, lent, plus_back
+from ._product import Decoded, lent, linear, plus_back
 
 if TYPE_CHECKING:
     from ._api import Stored
@@ -64,7 +64,7 @@ class _Corrected(torch.autograd.Function):
         with lent(W, decoded, x.dtype) as own:
             t = F.linear(dropped, own)
             if given is None:
-                y = F.linear(x, own, None if bias is None else bias.to(x.dtype))
+                y = linear(x, own, bias)
             else:
                 y = given.clone(memory_format=torch.contiguous_format)
         t.addmm_(down, up)

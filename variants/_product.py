@@ -49,7 +49,15 @@ def _times(x: Tensor, decoded: Decoded, bias: Tensor | None, back: bool) -> Tens
     with decoded(x.dtype) as W:
         if back:
             return x @ W
-        return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+        return linear(x, W, bias)
+
+
+def linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + bias, no view: what a function of autograd gives away may be changed in place then."""
+    if bias is None:
+        return F.linear(x, W)
+    flat = F.linear(x.reshape(-1, x.shape[-1]), W, bias.to(x.dtype))
+    return torch.ops.aten._unsafe_view(flat, (*x.shape[:-1], len(W)))
 
 
 def frozen_product(x: Tensor, decoded: Decoded, bias: Tensor | None) -> Tensor:
@@ -69,7 +77,7 @@ def of_base(
     if given is not None:
         return given.clone(memory_format=torch.contiguous_format)
     with lent(W, decoded, x.dtype) as own:
-        return F.linear(x, own, None if bias is None else bias.to(x.dtype))
+        return linear(x, own, bias)
 
 
 def _plus(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -155,7 +163,7 @@ def _chain(x: Tensor, matrices: tuple[Tensor, ...], bias: Tensor | None) -> Tens
     *before, last = matrices
     for M in before:
         x = F.linear(x, M.to(x.dtype))
-    return F.linear(x, last.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return linear(x, last.to(x.dtype), bias)
 
 
 class _Made(torch.autograd.Function):
