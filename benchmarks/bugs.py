@@ -68,8 +68,8 @@ BUGS = [
     ),
     Bug(
         "_magnitude",
-        "y = F.linear(x, own, None if",
-        "y = F.linear(dropped.view(x.shape), own, None if",
+        "y = linear(x, own, bias)",
+        "y = linear(dropped.view(x.shape), own, bias)",
         "dropout on the frozen path",
         "dora",
     ),
