@@ -13,6 +13,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .panels import alike
 
@@ -175,6 +176,7 @@ def budgets(rows: Sequence[Mapping[str, Any]], baseline: str) -> dict[str, Figur
             best = row["expected_best"]
             ax.plot(range(1, len(best) + 1), best, label=key(row), **looks[row["variant"]])
         ax.set(xlabel="learning rates tried", ylabel="expected best score")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(ncols=2)
         found[f"tuning_budget {place}"] = figure
     return found
@@ -203,8 +205,9 @@ def fronts(
                 ax.plot([row[cost]], [row["score"]], "o", ms=4, color=colour)
                 ax.annotate(key(row), (row[cost], row["score"]), xytext=(4, 3),
                             textcoords="offset points", fontsize=7)  # fmt: skip
-            if cost != "forgetting" and min(r[cost] for r in known) > 0:
-                ax.set_xscale("log")
+            least, most = (end(r[cost] for r in known) for end in (min, max))
+            if cost != "forgetting" and least > 0 and most > 10 * least:
+                ax.set_xscale("log")  # within a decade its labels would run into each other
             ax.set(xlabel=name, ylabel="score")
             found[f"pareto_{cost} {place}"] = figure
     return found

@@ -24,7 +24,7 @@ OPTIONAL = ("rank", "model", "batch_size", "items")
 # What `saved` writes of each run.
 SAVED = ("variant", "rank", "lr", "seed", "task", "model", "split", "metric", "score", "base",
          "loss", "forgetting", "trained", "targets", "steps", "batch_size", "tokens", "peak_bytes",
-         "peak_of", "train_s", "init_s", "model_hash", "data_hash", "code")  # fmt: skip
+         "peak_of", "train_s", "init_s", "model_hash", "data_hash", "code", "run")  # fmt: skip
 SPLITS = ("validation", "test")
 
 

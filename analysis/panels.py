@@ -89,16 +89,18 @@ def winners(found: Rows, baseline: str) -> Rows:
         if len(here) < 2:
             continue
         best = max(here, key=lambda e: e[1] * e[2])
+        first = ", ".join(name for name, mean, _ in here if mean == best[1])
         base = next((mean for name, mean, _ in here if name == baseline), None)
         rows.append({
-            "scope": scope, "task": task, "rank": rank, "lr": lr, "first": best[0],
+            "scope": scope, "task": task, "rank": rank, "lr": lr, "first": first,
             "score": best[1], "ahead": None if base is None else best[2] * (best[1] - base),
         })  # fmt: skip
     return sorted(rows, key=lambda r: (r["scope"], r["task"], str(r["rank"]), r["lr"]))
 
 
 def regret(found: Rows, baseline: str, papers: Mapping[str, float]) -> Rows:
-    """What a variant loses at the baseline's best rate, and at its paper's, against its own."""
+    """What a variant loses at the baseline's chosen rate, and at its paper's, against its own
+    chosen one, in the scores by which rates are compared; less than 0: it gains."""
     base = {(r["scope"], r["task"], r["rank"]): r["chosen"]
             for r in found if r["variant"] == baseline}  # fmt: skip
     rows = []
@@ -106,7 +108,9 @@ def regret(found: Rows, baseline: str, papers: Mapping[str, float]) -> Rows:
         known = [(lr, m) for lr, m in zip(row["lr"], row["mean"], strict=True) if m is not None]
         if len(known) < 2:
             continue
-        best = max(row["sign"] * m for _, m in known)
+        best = next((row["sign"] * m for lr, m in known if lr == row["chosen"]), None)
+        if best is None:  # it diverged there
+            continue
         theirs = base.get((row["scope"], row["task"], row["rank"]))
         entry = {k: row[k] for k in ("scope", "task", "variant", "rank", "chosen")}
         entry["at_baseline_lr"] = _lost(known, row["sign"], best, theirs)

@@ -430,6 +430,7 @@ def _said_of(found: _Compared, p_raw: float, p: float, rules: Rules, family: int
     n, tasks = sum(len(d) for d in blocks), max(1, len(blocks))
     if found.problem:
         return replace(row, verdict="not comparable", reason=found.problem, n=n,
+                       unreachable=n > 0 and stats.least_p(n) > rules.level / family,
                        effect=stats.effect(blocks) if blocks else None)  # fmt: skip
     if not blocks:
         return replace(

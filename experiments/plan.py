@@ -141,7 +141,10 @@ class Planner:
         finally:
             if len(self.known) != count:
                 make(self.file.parent, self.out_dir)
-                write_json(self.file, {"base": self.base, "jobs": self.known})
+                try:
+                    write_json(self.file, {"base": self.base, "jobs": self.known})
+                except OSError as error:
+                    raise BadInput(f"out_dir={self.out_dir}: {error.strerror}") from None
 
     def _job(self, words: list[str]) -> Job:
         entry = self.known.get(key(words))

@@ -131,6 +131,10 @@ def _wrong(spec: Spec) -> Iterator[str]:
             yield f"tuning.{key}={getattr(tuning, key)}: at most {FRESH}; later ones confirm"
     if not 0 <= tuning.decades < math.inf:
         yield f"tuning.decades={tuning.decades}: zero or a positive number"
+    elif tuning.per_decade in (1, 2, 4) and tuning.decades * tuning.per_decade % 2:
+        yield (f"tuning.decades={tuning.decades}: as many rates lie on either side of the first, "
+               f"so with per_decade={tuning.per_decade} it is a multiple of "
+               f"{2 / tuning.per_decade:g}")  # fmt: skip
     if not 0 < spec.level < 1:
         yield f"level={spec.level}: between 0 and 1, such as 0.05"
     if spec.margin is not None and not 0 < spec.margin < math.inf:

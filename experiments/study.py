@@ -138,7 +138,7 @@ def grid(centre: int, decades: float, per_decade: int) -> list[int]:
     >>> [rate(k) for k in grid(-12, 2, 2)]
     [0.0001, 0.0003162, 0.001, 0.003162, 0.01]
     """
-    step, half = PER_DECADE // per_decade, round(decades * per_decade / 2)
+    step, half = PER_DECADE // per_decade, int(decades * per_decade // 2)
     return [centre + step * i for i in range(-half, half + 1)]
 
 

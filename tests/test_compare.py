@@ -250,6 +250,31 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path, change: Any, reason: str
     row = judged(tmp_path / "results.csv")["dora"]
     assert row.verdict == "not comparable"
     assert reason in row.reason
+    assert not row.unreachable  # ten blocks
+
+
+def test_what_cannot_be_compared_says_that_its_blocks_are_few(tmp_path: Path) -> None:
+    head, *lines = table(tmp_path).read_text().splitlines()
+    rows = [row for row in (line.split(",") for line in lines) if int(row[2]) < 3]
+    rows = [row for row in rows if not (row[0] == "dora" and float(row[1]) < 2e-6)]
+    (tmp_path / "results.csv").write_text("\n".join([head, *map(",".join, rows)]))
+    row = judged(tmp_path / "results.csv")["dora"]
+    assert (row.verdict, row.n, row.unreachable) == ("not comparable", 3, True)
+
+
+def test_own_rates_lose_nothing_and_ties_are_ties(tmp_path: Path) -> None:
+    lines = []
+    for name in ("lora", "pissa", "dora"):
+        for lr, score in ((1e-3, 1.0), (1e-2, 2.0 + (name == "dora"))):
+            lines += [f"{name},{lr},{seed},math,{score}" for seed in range(6)]
+    (tmp_path / "ties.csv").write_text("\n".join(["variant,lr,seed,task,score", *lines]))
+    found = compare(load.csv(tmp_path / "ties.csv"), Rules("lora", margin=1.0))[0]
+    assert [(r["first"], r["ahead"]) for r in found["winners"]] == [
+        ("dora, lora, pissa", 0.0), ("dora", 1.0)
+    ]  # fmt: skip
+    assert {r["variant"]: r["at_baseline_lr"] for r in found["regret"]} == {
+        "lora": 0.0, "pissa": 0.0, "dora": 0.0
+    }  # fmt: skip
 
 
 def test_scores_that_are_all_zero_have_no_profile(tmp_path: Path) -> None:
@@ -409,6 +434,7 @@ def test_the_runs_of_a_report_are_a_csv_that_says_the_same(tmp_path: Path) -> No
     assert {k: v for k, v in row.items() if k not in items and again[k] != v} == {}
     assert (row["verdict"], row["selection"], row["n"]) == ("better", "confirmed", 8)
     assert one["winners"] == two["winners"] and one["regret"] == two["regret"]
+    assert set(load.csv(file)["run"]) == set(runs["run"]), "each row is traced to its folder"
     file.write_text(file.read_text().replace(",test,", ",dev,"))
     with pytest.raises(load.Unreadable, match="split=dev: validation or test"):
         load.csv(file)

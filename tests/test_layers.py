@@ -173,6 +173,7 @@ def test_one_adapter_a_model() -> None:
 
 def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     variants.attach(llama(), "lora", rank=2).save(tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1, "readable for the same"
     file = tmp_path / "adapter.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])

@@ -159,6 +159,7 @@ WRONG = [
     ("tuning: {refine_seeds: 0}", r"tuning\.refine_seeds=0: a whole number of 1 or more"),
     ("tuning: {extensions: -1}", r"tuning\.extensions=-1: a whole number of 0 or more"),
     ("tuning: {decades: -1}", r"tuning\.decades=-1.0: zero or a positive number"),
+    ("tuning: {decades: 1.5}", r"tuning\.decades=1.5: .* with per_decade=2 it is a multiple of 1"),
     ("tuning: {per_decade: 3}", r"tuning\.per_decade=3: 1, 2 or 4"),
     ("tuning: {seed: 1}", r"tuning\.seed: no such key \(did you mean 'seeds'\?\); choices: dec"),
     ("tuning: 3", r"tuning=3: a mapping; its keys: decades, per_decade"),

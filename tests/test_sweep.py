@@ -209,7 +209,9 @@ def test_an_interrupt_reaches_the_run_and_the_sweep_goes_on_later(
         driver.join(timeout=120)
     finally:
         driver.kill()
-    assert "interrupted" in said.read_text() and driver.exitcode == 130
+    assert "interrupted: the same command goes on" in said.read_text() and driver.exitcode == 130
+    shown = [line.split("│")[5].strip() for line in said.read_text().splitlines() if "│" in line]
+    assert shown == ["interrupted", "missing"]
     (status,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/single/*/status.json"))
     assert status["status"] == "interrupted" and "after step" in status["error"]
     assert len(list(tmp_path.glob("runs/single/*/checkpoint/last/state.json"))) == 1

@@ -40,7 +40,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **about: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         own = {k: t.detach().contiguous() for k, t in tensors.items()}
+        part.touch()
+        mode = part.stat().st_mode  # safetensors' own would shut out a group's other users
         save_file(own, part, {"format": "pt", **about})
+        part.chmod(mode)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

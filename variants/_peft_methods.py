@@ -656,7 +656,7 @@ def method_of(adapter: Adapter) -> Method:
     if form.name == "dora" or all(form.factors(la.params) is not None for la in layers):  # type: ignore[arg-type]
         return METHODS[0]
     raise Incompatible(
-        f"PEFT's format has no place for form {form.name}: it takes LoRA, DoRA, other forms of two "
-        f"factors, and {', '.join(method.preset for method in METHODS[1:])}; export it merged "
-        f"instead"
+        f"PEFT's format has no place for form {form.name}: it takes LoRA, DoRA, other forms that "
+        f"say two factors (a method `factors`), and "
+        f"{', '.join(method.preset for method in METHODS[1:])}; export it merged instead"
     )
