@@ -30,7 +30,7 @@ from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=16", "eval.limit_during=8",
+QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=8", "eval.limit_during=4",
          "track.mode=disabled", "task.items=200"]  # fmt: skip
 
 
@@ -155,9 +155,9 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
         result["params"]["trainable"] / result["params"]["total"]
     )
     rows = rows_of(finished / "predictions.jsonl")
-    assert len(rows) == 16 and all(set(r) == {"id", "reference", "base", "tuned"} for r in rows)
+    assert len(rows) == 8 and all(set(r) == {"id", "reference", "base", "tuned"} for r in rows)
     hits = sum(r["tuned"] == r["reference"] for r in rows)
-    assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 16)
+    assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 8)
     steps = rows_of(finished / "metrics.jsonl")
     assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in steps if "validation/loss" in r] == [0, 1, 2, 3, 4, 5, 6]
