@@ -259,7 +259,7 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
     """
     seen, flips = _flips(n)[:1], _flips(n)[1:]
     generator = np.random.default_rng(n)
-    most = max(2000, math.ceil(5 / level))  # enough to tell the level
+    most = max(4096, math.ceil(5 / level))  # enough to tell the level
     if len(flips) > most:
         flips = flips[generator.choice(len(flips), most, replace=False)]
     # flips of a test, the observed one among them
