@@ -245,6 +245,9 @@ class Study:
         before = read_json(self.folder / "study.json")
         if before is not None and before["hash"] != digest:
             changed = [k for k in frozen if before.get(k) != frozen[k]]
+            if "words" in changed:
+                others = set(words).symmetric_difference(before.get("words", ()))
+                changed[changed.index("words")] = f"words ({' '.join(sorted(others))})"
             raise BadInput(
                 f"study={self.name}: {self.folder} was frozen as {before['hash']} with another "
                 f"{', '.join(changed)}; give it another out_dir, or take the folder away"

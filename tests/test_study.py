@@ -103,6 +103,9 @@ def test_what_was_frozen_stays(tmp_path: Path) -> None:
     other, _, _ = make(tmp_path, decades=4.0)
     with pytest.raises(BadInput, match=r"frozen as .* with another tuning"):
         other._freeze()
+    found.words.append("train.steps=3")
+    with pytest.raises(BadInput, match=r"with another words \(train.steps=3\)"):
+        found._freeze()
 
 
 def test_missing_runs_end_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,8 @@ def stream(
 
 def items(skills: Sequence[str], count: int, seed: int, **options: Any) -> list[Item]:
     """Return the first `count` items of `stream(skills, seed, **options)`."""
-    return list(_first(tuple(skills), count, seed, tuple(options.items())))
+    hashable = ((k, tuple(v) if isinstance(v, list) else v) for k, v in options.items())
+    return list(_first(tuple(skills), count, seed, tuple(hashable)))
 
 
 @lru_cache(maxsize=8)  # those of a task: jobs of one process share their data
