@@ -619,14 +619,14 @@ BUGS = [
     ),
     Bug(
         "triplet",
-        "torch._foreach_abs(torch._foreach_sub(now, mean))",
-        "torch._foreach_sub(now, mean)",
+        "torch._foreach_abs_(now)",
+        "pass",
         "uncertainty with its sign",
         "adalora; increlora",
     ),
     Bug(
         "adalora",
-        "triplet.flat(some).mul_(triplet.flat(triplet.gradients(some)))",
+        "triplet.flat(torch._foreach_mul(some, triplet.gradients(some)))",
         "triplet.flat(triplet.gradients(some))",
         "the gradient alone for |w g|",
     ),

@@ -169,7 +169,7 @@ class AdaLoRABudget(Allocation, name="adalora"):
         p = triplet.tensors(layers)
         if done < steps - self.times(steps)[1]:
             for own, some in triplet.portions(p):
-                now = triplet.flat(some).mul_(triplet.flat(triplet.gradients(some))).abs_()
+                now = triplet.flat(torch._foreach_mul(some, triplet.gradients(some))).abs_()
                 triplet.averaged([mean[own]], [uncertainty[own]], [now], self.beta1, self.beta2)
         start = sum(layer.rank for layer in layers.values())
         state["budget"], mask = self.budget(done, steps, start, len(layers))

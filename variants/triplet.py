@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from ._api import LowRank, Tensors
 
@@ -103,7 +104,8 @@ class Distance(torch.autograd.Function):
 
 def tensors(layers: Mapping[str, Any]) -> list[Tensor]:
     """P, E and Q of each layer in turn."""
-    return [layer.params[k] for layer in layers.values() for k in "PEQ"]
+    own = (layer.params._parameters for layer in layers.values())  # its items take the longer way
+    return [p[k] for p in own for k in "PEQ"]
 
 
 def in_kinds(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
@@ -118,7 +120,7 @@ def gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Their numbers in one row: an operation on it is one for the whole model."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return _flatten_dense_tensors(tensors)
 
 
 def like(row: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +155,7 @@ def averaged(
     mean: list[Tensor], spread: list[Tensor], now: list[Tensor], beta1: float, beta2: float
 ) -> None:
     """Moves the average of an importance, and that of its distance from the average, in place
-    (AdaLoRA's Eq. 10 and 11).
+    (AdaLoRA's Eq. 10 and 11). The importance is used up.
 
     >>> mean, spread = [torch.zeros(1)], [torch.zeros(1)]
     >>> averaged(mean, spread, [torch.ones(1)], 0.75, 0.5)
@@ -164,4 +166,6 @@ def averaged(
     (0.1875, 0.28125)
     """
     torch._foreach_lerp_(mean, now, 1 - beta1)
-    torch._foreach_lerp_(spread, torch._foreach_abs(torch._foreach_sub(now, mean)), 1 - beta2)
+    torch._foreach_sub_(now, mean)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(spread, now, 1 - beta2)
