@@ -302,6 +302,17 @@ def test_a_layer_that_brings_its_own_numbers_is_asked_itself(answered: list[int]
     assert answered == [2]
 
 
+def test_what_was_made_in_inference_mode_has_no_group(answered: list[int]) -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(Attention())
+        layers = attached("lora", net).layers
+        q, k, v = (dense(layers[f"0.{name}_proj"]) for name in "qkv")
+    with torch.no_grad():
+        y = torch.ones(3, 4)
+        torch.testing.assert_close(net(y), torch.softmax(q(y) @ k(y).mT, -1) @ v(y))
+    assert answered == []
+
+
 def test_a_copy_s_end_is_its_own() -> None:
     adapter = attached("lora", nn.Sequential(Attention()))
     other = copy.deepcopy(adapter)

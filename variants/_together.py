@@ -202,10 +202,11 @@ class Within(Hooked):
 
 
 def _answers_early(layer: Any) -> bool:
-    """Whether its numbers are there before it is called: whatever shards or offloads a layer by
-    itself brings them in a hook of the layer's own, or in another forward."""
+    """Whether its numbers are there before it is called, and have versions: whatever shards or
+    offloads a layer by itself brings them in a hook of the layer's own, or in another forward."""
     own = not layer._forward_pre_hooks and "forward" not in vars(layer)
-    return own and layer.enabled and not layer.drops
+    known = own and not any(t.is_inference() for t in layer.params.values())
+    return known and layer.enabled and not layer.drops
 
 
 def bring_together(
