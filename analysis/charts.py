@@ -205,8 +205,8 @@ def fronts(
                 ax.plot([row[cost]], [row["score"]], "o", ms=4, color=colour)
                 ax.annotate(key(row), (row[cost], row["score"]), xytext=(4, 3),
                             textcoords="offset points", fontsize=7)  # fmt: skip
-            least, most = (end(r[cost] for r in known) for end in (min, max))
-            if cost != "forgetting" and least > 0 and most > 10 * least:
+            paid = [r[cost] for r in known]
+            if cost != "forgetting" and min(paid) > 0 and max(paid) > 10 * min(paid):
                 ax.set_xscale("log")  # within a decade its labels would run into each other
             ax.set(xlabel=name, ylabel="score")
             found[f"pareto_{cost} {place}"] = figure

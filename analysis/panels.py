@@ -108,26 +108,27 @@ def regret(found: Rows, baseline: str, papers: Mapping[str, float]) -> Rows:
         known = [(lr, m) for lr, m in zip(row["lr"], row["mean"], strict=True) if m is not None]
         if len(known) < 2:
             continue
-        best = next((row["sign"] * m for lr, m in known if lr == row["chosen"]), None)
-        if best is None:  # it diverged there
-            continue
         theirs = base.get((row["scope"], row["task"], row["rank"]))
+        papers_own = papers.get(row["variant"])
         entry = {k: row[k] for k in ("scope", "task", "variant", "rank", "chosen")}
-        entry["at_baseline_lr"] = _lost(known, row["sign"], best, theirs)
-        entry["paper_lr"] = papers.get(row["variant"])
-        entry["at_paper_lr"] = _lost(known, row["sign"], best, papers.get(row["variant"]))
+        own, there, stated = (_at(known, lr) for lr in (row["chosen"], theirs, papers_own))
+        entry["at_baseline_lr"] = _lost(own, there, row["sign"])
+        entry["paper_lr"] = papers_own
+        entry["at_paper_lr"] = _lost(own, stated, row["sign"])
         rows.append(entry)
     return rows
 
 
-def _lost(
-    known: Sequence[tuple[float, float]], sign: float, best: float, lr: float | None
-) -> float | None:
-    """`best` less the score at `lr`, by straight lines between the rates; None outside them."""
+def _at(known: Sequence[tuple[float, float]], lr: float | None) -> float | None:
+    """The score at `lr`, by straight lines between the rates; None outside them."""
     if lr is None or not known[0][0] * (1 - 1e-6) <= lr <= known[-1][0] * (1 + 1e-6):
         return None
-    at = np.interp(math.log10(lr), [math.log10(x) for x, _ in known], [m for _, m in known])
-    return best - sign * float(at)
+    return float(np.interp(math.log10(lr), [math.log10(x) for x, _ in known],
+                           [m for _, m in known]))  # fmt: skip
+
+
+def _lost(own: float | None, other: float | None, sign: float) -> float | None:
+    return None if own is None or other is None else sign * (own - other)
 
 
 def costs(units: Sequence[Unit], rules: Rules) -> Rows:

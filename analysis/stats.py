@@ -257,6 +257,8 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
     >>> round(detectable(6, 0.05), 1), round(detectable(40, 0.05), 2)     # t tests: 1.44, .45
     (1.8, 0.45)
     """
+    if least_p(n) > level:
+        return math.inf
     seen, flips = _flips(n)[:1], _flips(n)[1:]
     generator = np.random.default_rng(n)
     most = max(4096, math.ceil(5 / level))  # enough to tell the level
@@ -264,7 +266,7 @@ def detectable(n: int, level: float, power: float = 0.8, draws: int = 4000) -> f
         flips = flips[generator.choice(len(flips), most, replace=False)]
     # flips of a test, the observed one among them
     allowed = math.floor(level * (1 + len(flips)) * (1 + TIE))
-    if allowed < 1 or least_p(n) > level:
+    if allowed < 1:
         return math.inf
     o = flips.sum(axis=1)
     always = np.abs(o) == n  # a drawn flip may be the observed one

@@ -80,7 +80,7 @@ class Sweep:
             self._work(list(due.values()))
         for job in jobs:  # given twice
             job.line = job.line or (due[job.path].line if job.path in due else None)
-        ends = [job.line["status"] if job.line and _has_begun(job) else job.state for job in jobs]
+        ends = [_end(job) for job in jobs]
         table(jobs, ends)
         unfinished = any(end not in FINISHED for end in ends)
         attempt.exit_code = max(attempt.exit_code, int(unfinished))
@@ -224,7 +224,7 @@ def _launcher(context: HydraContext, task_function: TaskFunction, config: DictCo
         ) from None
 
 
-def _has_begun(job: Job) -> bool:
-    """Whether anything of it was done: those that an interrupt left waiting are missing still."""
-    assert job.line is not None
-    return job.line["status"] != "interrupted" or job.folder.state != "missing"
+def _end(job: Job) -> str:
+    """How it ended, or its state: what an interrupt left waiting is missing still."""
+    status = job.line["status"] if job.line else job.state
+    return job.state if status == "interrupted" else status

@@ -84,14 +84,20 @@ class Attention(nn.Module):
         return torch.softmax(self.q_proj(x) @ self.k_proj(y).mT, -1) @ self.v_proj(y)
 
 
+def gradients(adapter: Adapter, y: Tensor, *more: Tensor) -> list[Tensor]:
+    """Of the sum of squares of y, by what trains and by `more`; none stays behind."""
+    y.square().sum().backward()
+    tensors = [*more, *adapter.parameters()]
+    found = [t.grad for t in tensors if t.grad is not None]
+    for t in tensors:
+        t.grad = None
+    return found
+
+
 def step(adapter: Adapter, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Outputs and gradients."""
     y = adapter.model(**inputs)[0]
-    y.square().sum().backward()
-    found = [y.detach(), *(t.grad for t in adapter.parameters() if t.grad is not None)]
-    for t in adapter.parameters():
-        t.grad = None
-    return found
+    return [y.detach(), *gradients(adapter, y)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -272,11 +278,9 @@ def test_a_part_of_a_block_may_be_recomputed(which: str) -> None:
     net, found = Net(), []
     adapter, x = attached("lora", net), torch.randn(4, 4, requires_grad=True)
     for own in (net.own, again):
-        net.own, x.grad = own, None
-        net(x).square().sum().backward()
-        found.append([x.grad, *(t.grad for t in adapter.parameters())])
-        for t in adapter.parameters():
-            t.grad = None
+        net.own = own
+        found.append(gradients(adapter, net(x), x))
+    assert len(found[0]) == 5
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -399,11 +403,8 @@ def test_a_recomputation_that_ends_early() -> None:
     adapter = attached("lora", net)
     found = []
     for way in (net, lambda x: checkpoint(net, x, use_reentrant=False)):
-        way(way(x)).square().sum().backward()  # type: ignore[union-attr]
-        found.append([x.grad, *(t.grad for t in adapter.parameters())])
-        x.grad = None
-        for t in adapter.parameters():
-            t.grad = None
+        found.append(gradients(adapter, way(way(x)), x))  # type: ignore[arg-type]
+    assert len(found[0]) == 5
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -415,10 +416,7 @@ def test_cross_attention_may_be_recomputed() -> None:
     adapter = attached("lora", net)
     found = []
     for way in (net[0], lambda x, y: checkpoint(net[0], x, y, use_reentrant=False)):
-        way(x, y).square().sum().backward()  # type: ignore[union-attr]
-        found.append([x.grad, *(t.grad for t in adapter.parameters())])
-        x.grad = None
-        for t in adapter.parameters():
-            t.grad = None
+        found.append(gradients(adapter, way(x, y), x))  # type: ignore[arg-type]
+    assert len(found[0]) == 7
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)

@@ -181,10 +181,10 @@ class Hooked:
         return End(self, module)
 
     def begin(self, module: nn.Module, *_: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
     def end(self, module: nn.Module, *_: Any) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract
 
 
 @dataclass

@@ -119,7 +119,8 @@ def gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Their numbers in one row: an operation on it is one for the whole model."""
+    """Their numbers in one row, of one tensor alone a view: an operation on it is one for the whole
+    model."""
     return _flatten_dense_tensors(tensors)
 
 
