@@ -1,13 +1,15 @@
 """The command line around Hydra: what a user got wrong is one line, and the exit code says it."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hydra._internal.hydra import Hydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -32,7 +34,8 @@ def guarded(main: Callable[[], Any]) -> int:
         refuse_sweep(sys.argv)
         sys.argv[1:] = [_named(word) for word in sys.argv[1:]]
         register()
-        main()
+        with _composed_once(sys.argv[1:]):
+            main()
         sys.stdout.flush()
     except (HydraException, OmegaConfBaseException) as error:
         if FULL:
@@ -49,6 +52,20 @@ def guarded(main: Callable[[], Any]) -> int:
         complain(interrupted(error))
         return 143 if isinstance(error, Terminated) else 130
     return attempt.exit_code
+
+
+@contextlib.contextmanager
+def _composed_once(words: list[str]) -> Iterator[None]:
+    """Hydra composes everything twice, the first time to look for `hydra.mode`, which -m says too.
+    Of our files none sets it: where no word can, and no file of the user's, it is not looked for.
+    """
+    looks = Hydra.get_mode
+    if not any(re.search(r"^-+c|hydra(=|\.mode)|experiment", word) for word in words):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]  # as where it fails
+    try:
+        yield
+    finally:
+        Hydra.get_mode = looks  # type: ignore[method-assign]
 
 
 def _named(word: str) -> str:

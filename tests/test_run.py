@@ -18,19 +18,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from experiments import isolate, record, track
+from experiments import forks, isolate, record, track
 from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=8", "eval.limit_during=4",
+QUICK = ["train.steps=3", "train.batch_size=8", "eval.limit=8", "eval.limit_during=4",
          "track.mode=disabled", "task.items=200"]  # fmt: skip
 
 
@@ -88,13 +90,36 @@ FORKS.set_forkserver_preload(["experiments.attempt", "experiments.job", "experim
                               "transformers.tokenization_utils_tokenizers"])  # fmt: skip
 
 
+class Fork(isolate.Server):
+    """A server of isolated runs that need not import anything: a fork of this process."""
+
+    def _started(self, answers: int) -> Any:
+        asked, ours = os.pipe()
+        process = FORKS.Process(target=_served, args=(asked, ours, answers))
+        process.start()
+        os.close(asked)
+        return SimpleNamespace(stdin=os.fdopen(ours, "wb"), wait=process.join, kill=process.kill)
+
+
+def _served(asked: int, ours: int, answers: int) -> None:
+    os.setsid()
+    os.close(ours)
+    os.dup2(asked, 0)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(ROOT)
+    forks.serve(answers)
+
+
 def _typed(words: list[str], out: Path, said: Path) -> None:
     """`python run.py`, in a fork; what it says goes to a file."""
     isolate._server = None  # that of the parent
     sys.argv = ["run.py", *words, f"out_dir={out}"]
     with said.open("w", buffering=1) as file, contextlib.redirect_stdout(file):
         with contextlib.redirect_stderr(file):
-            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+            try:
+                runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+            finally:
+                isolate.close()  # a fork is waited for before what `atexit` would do
 
 
 def typed(words: list[str], out: Path) -> tuple[Any, Path]:
@@ -159,8 +184,8 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
     hits = sum(r["tuned"] == r["reference"] for r in rows)
     assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 8)
     steps = rows_of(finished / "metrics.jsonl")
-    assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in steps if "validation/loss" in r] == [0, 1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in steps if "validation/loss" in r] == [0, 1, 2, 3]
     assert {p.name for p in (finished / "adapter").iterdir()} == {
         "adapter.safetensors", "adapter.json"
     }  # fmt: skip
@@ -349,7 +374,13 @@ def test_bad_input_is_one_line(words: list[str], message: str, tmp_path: Path) -
 
 
 def test_what_is_refused_once_the_layers_are_there_says_so_in_its_folder(tmp_path: Path) -> None:
-    words = ["variant=adalora", "rank=4", "variant.allocation.target_rank=9", *QUICK]
+    words = [
+        "variant=adalora",
+        "rank=4",
+        "variant.allocation.target_rank=9",
+        *QUICK,
+        "train.steps=6",
+    ]
     said = lab(*words, out=tmp_path, code=1).stderr
     status = json.loads((only(tmp_path) / "status.json").read_text())
     assert status["status"] == "refused" and "traceback" not in status
@@ -390,6 +421,23 @@ def test_a_divergence_is_a_result(tmp_path: Path) -> None:
     before = (folder / "result.json").stat().st_mtime_ns
     lab(*words, out=tmp_path / "runs")
     assert (folder / "result.json").stat().st_mtime_ns == before
+
+
+def test_what_is_composed_is_composed_once_and_the_mode_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra composes twice to look for `hydra.mode`; here only where it can be."""
+    asked, compose = [], Hydra.compose_config
+    monkeypatch.setattr(Hydra, "compose_config", lambda self, *args, **more: (
+        asked.append(args), compose(self, *args, **more))[1])  # fmt: skip
+    assert "missing" in lab("rank=2", "dry=true", out=tmp_path).stdout and len(asked) == 1
+    assert "2 runs" in lab("hydra.mode=MULTIRUN", "rank=1,2", "dry=true", out=tmp_path).stdout
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra: {mode: MULTIRUN}\n"
+    )
+    mine = ["--config-dir", str(tmp_path), "experiment=mine", "rank=1,2", "dry=true"]
+    assert "2 runs" in lab(*mine, out=tmp_path).stdout
 
 
 def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:
@@ -488,7 +536,7 @@ def test_an_interrupted_run_keeps_the_step_it_ended_with(
 
 
 def test_a_death_before_the_first_checkpoint_leaves_no_double_rows(tmp_path: Path) -> None:
-    words = [*KILLED, "train.checkpoint_every=23"]
+    words = [*KILLED, "train.steps=12", "train.checkpoint_every=11"]
     _signalled(3, words, tmp_path, signal.SIGKILL)
     lab(*words, out=tmp_path)
     steps = [(row["step"], len(row)) for row in rows_of(only(tmp_path) / "metrics.jsonl")]
