@@ -78,23 +78,26 @@ class Server:
     """The server, as its worker sees it."""
 
     def __init__(self) -> None:
-        cores = os.environ.get("SLURM_CPUS_PER_TASK")  # torch would take those of the node
-        environment = {"OMP_NUM_THREADS": cores} if cores else {}
         self.answers, theirs = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.forks", str(theirs)],
-            stdin=subprocess.PIPE,
-            pass_fds=(theirs,),
-            cwd=ROOT,
-            env=environment | os.environ,
-            start_new_session=True,  # a terminal's interrupt is for the worker, which passes it on
-        )
+        self.process = self._started(theirs)
         os.close(theirs)
         self.rest = b""
         self.alive = True
 
+    def _started(self, answers: int) -> Any:
+        """Its process: what it answers comes by that pipe."""
+        cores = os.environ.get("SLURM_CPUS_PER_TASK")  # torch would take those of the node
+        environment = {"OMP_NUM_THREADS": cores} if cores else {}
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.forks", str(answers)],
+            stdin=subprocess.PIPE,
+            pass_fds=(answers,),
+            cwd=ROOT,
+            env=environment | os.environ,
+            start_new_session=True,  # a terminal's interrupt is for the worker, which passes it on
+        )
+
     def ask(self, about: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then its answer is its end
             self.process.stdin.write(json.dumps(about).encode() + b"\n")
             self.process.stdin.flush()
@@ -113,7 +116,6 @@ class Server:
         return json.loads(line)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()

@@ -111,8 +111,8 @@ def test_names_and_help_need_no_torch(words: list[str]) -> None:
 
 def test_help_is_quick() -> None:
     """About a second of the processor at best; other work on the machine makes it more."""
-    taken = []
-    for _ in range(3):
+    taken: list[float] = []
+    while len(taken) < 3 and min(taken, default=2) >= 1.5:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run = [sys.executable, "run.py", "--help"]
         subprocess.run(run, cwd=ROOT, capture_output=True, check=True)

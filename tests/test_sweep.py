@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from test_run import Said, lab, module, typed
+from test_run import Fork, Said, lab, module, typed
 
 from benchmarks.sweep import TINY, text
-from experiments import lock, plan, record
+from experiments import isolate, lock, plan, record
 from experiments.config import seconds
 from experiments.sweep import Sweep
 from experiments.tasks import BadInput
@@ -133,7 +133,12 @@ def test_a_failure_is_run_again_when_its_code_has_changed(tmp_path: Path) -> Non
     assert folder.status["sources"] == {"variants/lora.py": "0"}
 
 
-def test_values_are_added_and_nothing_is_done_twice(words: list[str], tmp_path: Path) -> None:
+def test_values_are_added_and_nothing_is_done_twice(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a server as a user's sweep has it: a process that begins with its imports."""
+    monkeypatch.setattr(isolate, "Server", Fork.__base__)
+    monkeypatch.setattr(isolate, "_server", None)
     out = tmp_path / "runs"
     lab("-m", "rank=1,2", *words, out=out)
     before = results(out)
@@ -148,6 +153,10 @@ def test_values_are_added_and_nothing_is_done_twice(words: list[str], tmp_path: 
     done = lab("-m", "seed=range(0,2)", "rank=4,2", *words, "sweep.retry=[failed]", out=out)
     assert "4 runs: 4 done; nothing to run" in done.stdout
     assert file.stat().st_mtime_ns == planned, "nothing was composed again"
+    server = cast(Any, isolate._server)
+    assert isinstance(server.process, subprocess.Popen)
+    isolate.close()
+    assert server.process.returncode == 0
 
 
 def test_a_known_sweep_needs_neither_torch_nor_a_composition(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,7 @@ class Site:
         return self.path if self.role is None else f"{self.path}.{self.role}"
 
 
+@cache
 def role_of(path: str) -> str | None:
     """The role of the layer at `path`, or None."""
     for role, names in ROLES.items():
