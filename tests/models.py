@@ -1,6 +1,8 @@
 """Small random models of many architectures, and what goes into them."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -87,16 +89,20 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 def made(name: str) -> tuple[Any, dict[str, Any]]:
     """A model, always with the same numbers, and its inputs; the global generator is left alone."""
     make, inputs = MODELS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make().eval(), inputs
+    return seeded(make), inputs
 
 
 def seeded(make: Callable[..., Any], **more: Any) -> Any:
     """A model of `make`, always with the same numbers."""
+    return deepcopy(_first(make, *more.items()))
+
+
+@lru_cache(16)
+def _first(make: Callable[..., Any], *more: tuple[str, Any]) -> Any:
+    """That one, which is copied: to make it takes longer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return make(**more).eval()
+        return make(**dict(more)).eval()
 
 
 def logits(model: Any, inputs: dict[str, Any]) -> Tensor:

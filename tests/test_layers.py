@@ -441,7 +441,7 @@ def test_second_derivatives_are_whole(preset: str, more: dict[str, Any]) -> None
     x = torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True)
 
     def outputs(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         return torch.func.functional_call(layer, dict(zip(trained, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(outputs, (x, *trained.values()))

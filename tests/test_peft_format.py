@@ -28,6 +28,12 @@ FUSED = ["c_attn", "c_fc", "mlp.c_proj"]
 LIMIT = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT writes a README beside each adapter, from a template that takes longer than the rest."""
+    monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *_: None)
+
+
 def llama() -> Any:
     return deepcopy(one_llama())
 
