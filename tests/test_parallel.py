@@ -24,7 +24,7 @@ import variants
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=6", "train.batch_size=8", "eval.limit=5", "eval.limit_during=4",
-         "eval.batch_size=8", "track.mode=disabled", "task.items=200", "train.log_every=1",
+         "eval.batch_size=32", "track.mode=disabled", "task.items=200", "train.log_every=1",
          "train.checkpoint_every=3"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MEMBERS = str(ROOT / "tests" / "members.py")
