@@ -1218,6 +1218,13 @@ BUGS = [
     ),
     Bug(
         "_svd",
+        "W.mT @ ahead, V[:, : k + have - q], generator",
+        "W.mT @ ahead, V[:, k : k + have - q], generator",
+        "what is known is found once more",
+        "pissa",
+    ),
+    Bug(
+        "_svd",
         'first = count - r if which == "last"',
         'first = count - r - 1 if which == "last"',
         "off by one at the end of the spectrum",

@@ -5,9 +5,10 @@ gradient, weight times covariance), a slice of its triplets (`sliced`), a split 
 (`balanced`); whether the base gives up what they hold is the init's to say. Factors are cached.
 
 The Krylov method (Musco & Musco 2015, arXiv:1504.05477) keeps every block of the power iteration
-where `torch.svd_lowrank` keeps the last: six to twelve blocks of r + 16 columns are exact to fp32
-on decaying spectra. The residual decides how many; on a flat spectrum, where no cheap method finds
-the vectors, the exact one answers instead.
+where `torch.svd_lowrank` keeps the last, each made orthogonal to those before it, since rounding
+leaves a power little that is new: six to twelve blocks of r + 16 columns are exact to fp32 on
+decaying spectra. The residual decides how many; on a flat spectrum, where no cheap method finds the
+vectors, the exact one answers instead.
 
 Slices of a known spectrum, in order; the product of `balanced` is the part divided by s, and both
 factors are of one size:
@@ -39,7 +40,7 @@ True
 What later stages find stands beside the first with its own signs, U^T M V = S:
 
 >>> L, R = (torch.linalg.qr(torch.randn(400, 400, generator=g)).Q for _ in range(2))
->>> M = L * (1 - 2 * torch.randint(2, (400,), generator=g)) * torch.arange(1, 401) ** -0.5 @ R
+>>> M = L * (1 - 2 * torch.randint(2, (400,), generator=g)) * torch.arange(1, 401) ** -1.0 @ R
 >>> U, S, Vh = krylov(M, 33, g)
 >>> torch.allclose(U.T @ M @ Vh.T, S.diag(), atol=1e-5)
 True
@@ -89,17 +90,18 @@ def krylov(W: Tensor, r: int, generator: torch.Generator) -> Triplets:
         V, S, Uh = krylov(W.mT, r, generator)
         return Uh.mT.contiguous(), S, V.mT.contiguous()
     U, S, V = W.new_zeros(W.shape[0], 0), W.new_zeros(0), W.new_zeros(W.shape[1], 0)
-    rest, most = W, 0.0
+    most, least = 0.0, MIN_BLOCKS
     while len(S) < r:
-        stage = _stage(rest, max(len(S), AT_FIRST), most, generator)
+        stage = _stage(W, V, max(len(S), AT_FIRST), most, least, generator)
         last = stage is None
-        U1, S1, Vh1 = exact(rest, W.shape[1] - len(S)) if stage is None else stage
+        if stage is None:
+            U1, S1, Vh1 = exact(W - (W @ V) @ V.mT, W.shape[1] - len(S))
+        else:
+            (U1, S1, Vh1), least = stage  # what follows lies closer together
         U, V, S = _beside(U, U1), _beside(V, Vh1.mT), torch.cat((S, S1))
         most = most or S1[0].item()
         if last:
             break
-        if len(S) < r:
-            rest = rest - U @ (U.mT @ rest)  # orthogonal to V as well: rest V = U S
     S = torch.cummin(S, dim=0).values  # of equal ones a later stage's may be larger by rounding
     return U[:, :r].contiguous(), S[:r].clone(), V[:, :r].mT.contiguous()
 
@@ -115,27 +117,52 @@ def _beside(basis: Tensor, more: Tensor) -> Tensor:
     return torch.cat((basis, Q[:, new] * sign), dim=1)
 
 
-def _stage(W: Tensor, r: int, most: float, generator: torch.Generator) -> Triplets | None:
-    """The top r triplets of W [m, n], m >= n, if the iteration gets there; `most`: the largest
-    singular value if it is not that of W."""
-    n, q = W.shape[1], r + OVERSAMPLE
-    block = torch.randn(n, q, generator=generator).to(W)
-    blocks: list[Tensor] = []
-    for count in range(1, MAX_BLOCKS + 1):
-        if q * count > n // 2:
-            break  # the subspace is nearly all there is
-        block = torch.linalg.qr(W.mT @ (W @ block)).Q
-        blocks.append(block)
-        if count < MIN_BLOCKS or count % 2:
-            continue
-        V = torch.linalg.qr(torch.cat(blocks, dim=1)).Q  # [n, q count]
-        U, S, Yh = torch.linalg.svd(W @ V, full_matrices=False)
-        U, S, Vh = U[:, :r], S[:r], Yh[:r] @ V.mT
-        # W V = U S holds by construction; W^T U = V S is what convergence adds
-        residual = torch.linalg.vector_norm(W.mT @ U - Vh.mT * S, dim=0).max()
-        if residual <= RESIDUAL * (most or S[0]):
-            return U, S, Vh
+def _stage(
+    W: Tensor, known: Tensor, r: int, most: float, least: int, generator: torch.Generator
+) -> tuple[Triplets, int] | None:
+    """The top r triplets of W [m, n], m >= n, beside those known, and the blocks that they took;
+    None where the iteration does not get there.
+
+    Args:
+        known: the right vectors found before [n, k]; what is orthogonal to them sees the rest of W.
+        most: the largest singular value, where k > 0.
+        least: how many blocks there are before it is asked whether they do.
+    """
+    (n, k), q = known.shape, r + OVERSAMPLE
+    columns = min(q * MAX_BLOCKS, n // 2)  # more would be nearly all there is
+    V, WV = W.new_empty(n, k + columns), W.new_empty(W.shape[0], columns)  # V: orthonormal
+    V[:, :k] = known
+    block = _apart(torch.randn(n, q, generator=generator).to(W), known, generator)
+    ahead = W @ block
+    for count in range(1, columns // q + 1):
+        have = q * count
+        block = V[:, k + have - q : k + have] = _apart(
+            W.mT @ ahead, V[:, : k + have - q], generator
+        )
+        ahead = WV[:, have - q : have] = W @ block
+        if count >= least and count % 2 == 0:
+            U, S, Yh = torch.linalg.svd(WV[:, :have], full_matrices=False)
+            U, S, Vh = U[:, :r], S[:r], Yh[:r] @ V[:, k : k + have].mT
+            # W V = U S holds by construction; W^T U = V S is what convergence adds
+            off = W.mT @ U - Vh.mT * S
+            off -= known @ (known.mT @ off)
+            residual = torch.linalg.vector_norm(off, dim=0).max()
+            if residual <= RESIDUAL * (most or S[0]):
+                return (U, S, Vh), count
     return None
+
+
+def _apart(block: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
+    """An orthonormal block beside the basis. Columns of which the basis leaves but rounding, as
+    where W has no more directions, are drawn anew."""
+    before = torch.linalg.vector_norm(block, dim=0)
+    block = block - basis @ (basis.mT @ block)
+    lost = torch.linalg.vector_norm(block, dim=0) <= 100 * torch.finfo(block.dtype).eps * before
+    if lost.any():
+        block = torch.where(lost, torch.randn(block.shape, generator=generator).to(block), block)
+    for _ in range(2):  # once more than exact arithmetic asks for
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    return block
 
 
 def top(W: Tensor, r: int, method: str, generator: torch.Generator) -> Triplets:
@@ -207,7 +234,7 @@ def _stem(M: Tensor, which: str, method: str, r: int, generator: torch.Generator
     slice, method, and where it matters rank and seed."""
     seed = generator.initial_seed() if which == "random" else 0
     rule = f"{which} {method if which == 'top' else 'exact'} {r} "
-    rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL} {AT_FIRST}"
+    rule += f"{OVERSAMPLE} {MIN_BLOCKS} {MAX_BLOCKS} {RESIDUAL} {AT_FIRST} apart"  # Krylov's
     digest = hashlib.sha256(f"{tuple(M.shape)} {M.dtype} {rule} {seed}".encode())
     digest.update(M.detach().contiguous().cpu().view(torch.uint8).numpy().data)
     root = os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora-variants-lab"
