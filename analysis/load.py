@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ SAVED = ("variant", "rank", "lr", "seed", "task", "model", "split", "metric", "s
          "loss", "forgetting", "trained", "targets", "steps", "batch_size", "tokens", "peak_bytes",
          "peak_of", "train_s", "init_s", "model_hash", "data_hash", "code", "run")  # fmt: skip
 SPLITS = ("validation", "test")
+# settings that make two methods of one variant, where runs that are else alike differ in them
+TOLD = ("alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "optim.schedule",
+        "optim.warmup", "optim.weight_decay", "optim.clip", "optim.beta1", "optim.beta2",
+        "train.seq_len", "train.autocast", "eval.limit")  # fmt: skip
 
 
 class Unreadable(ValueError):
@@ -64,9 +69,59 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
         raise Unreadable(f"{', '.join(map(str, paths))}: {what}, and no finished one")
     table: Table = pd.DataFrame(rows)
     table["code"] = _revisions(table.pop("sources"))
+    _tell_apart(table)
     parts = ["model_hash", "data_hash", "steps", "batch_size", "code"]
     table["setting"] = [_digest(row) for row in table[parts].itertuples(index=False)]
     return table, unfinished
+
+
+def _tell_apart(table: Table) -> None:
+    """Names in `variant` what differs among runs that are else one method's, rate and seed aside:
+    `lora +alpha=64` beside `lora`, whose alpha is the preset's."""
+    alike = ["variant", "task", "model_hash", "data_hash", "steps", "batch_size"]
+    settings = table.pop("settings")
+    for _, rows in table.groupby([*alike, table["rank"].fillna(-1)]):
+        for key in TOLD:
+            shown = {i: _shown(settings[i].get(key)) for i in rows.index}
+            if len(set(shown.values())) > 1:
+                for i, value in shown.items():
+                    if value != _shown(settings[i].get(f"{key} of the preset")):
+                        table.loc[i, "variant"] += f" +{key}={value}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).replace(" ", "").replace("'", "")
+    return f"{value:g}"
+
+
+def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of TOLD that config.yaml has, and what each is where nobody sets it."""
+    import yaml
+
+    from experiments.config import Settings
+    from variants._adapter import choose
+    from variants._registry import Incompatible, find_preset
+
+    try:
+        text = (folder / "config.yaml").read_text()
+        saved = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, yaml.YAMLError):
+        return {}
+    default = asdict(Settings())
+    try:
+        default["alpha"] = choose(config["variant"], config["rank"], **config["axes"]).alpha
+        default["targets"] = find_preset(config["variant"]).targets
+    except (Incompatible, KeyError):  # a variant of the user's own, which is not at hand here
+        pass
+    found: dict[str, Any] = {}
+    for name, tree in (("", saved), (" of the preset", default)):
+        for key in TOLD:
+            value: Any = tree
+            for word in key.split("."):
+                value = value.get(word) if isinstance(value, dict) else None
+            found[key + name] = value
+    return found
 
 
 def _folders(top: Path) -> list[Path]:
@@ -160,6 +215,7 @@ def _row(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
             "device": result["provenance"].get("device"),
             "packages": json.dumps(result["provenance"].get("packages"), sort_keys=True),
             "sources": env.get("sources", {}),
+            "settings": _settings(folder, config),
         }
     except (KeyError, TypeError) as error:
         raise Unreadable(f"{folder / 'result.json'}: no {error} in it") from None

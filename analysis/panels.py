@@ -298,8 +298,8 @@ def fairness(units: Sequence[Unit], rules: Rules) -> Rows:
             theirs = _spent(base)
             unlike = [k for k in ("rates", "trials", "seeds", "tokens", "targets", "steps")
                       if row.get(k) != theirs.get(k)]  # fmt: skip
-            mine, other = row.get("trained"), theirs.get("trained")
-            if mine and other and abs(mine / other - 1) > 0.02:
+            counts = np.concatenate([np.atleast_1d(r.get("trained") or []) for r in (row, theirs)])
+            if len(counts) and counts.max() > 1.02 * counts.min():
                 unlike.append("trained")
         found.append(row | {"unlike": unlike})
     return found

@@ -149,7 +149,7 @@ class Settings:
     model: Any = MISSING
     task: Any = MISSING
     rank: int | None = None
-    alpha: Any = None
+    alpha: Any = None  # a number, or a multiple of each layer's rank: 2r
     targets: Any = None  # null: the preset's own, all-linear for most
     rank_pattern: Any = None  # {role or layer: rank}
     alpha_pattern: Any = None  # {role or layer: alpha}

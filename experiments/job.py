@@ -22,7 +22,7 @@ import variants
 from variants._adapter import Adapter, Choice, Planned, build, choose, needs, plan
 from variants._api import Stored
 from variants._layer import Frozen
-from variants._registry import Incompatible, find_preset
+from variants._registry import Incompatible, find_preset, outside_of, said_by
 
 from . import batches, provenance, record
 from .config import Settings, fill, run_hash, stamp
@@ -75,7 +75,13 @@ def prepare(settings: Settings, inputs: "Inputs | None" = None) -> Prepared:
     lr, origin = learning_rate(settings, source.width)
     identity = {"preset": choice.preset, "axes": choice.axes(), "rank": choice.rank,
                 "alpha": choice.alpha}  # fmt: skip
+    code = sorted(map(said_by, outside_of(choice.preset, choice.parts)))
+    if code:  # the project's own makes a run stale; another file of that name is another variant
+        identity["code"] = code
     settings.rank, settings.alpha = choice.rank, choice.alpha
+    if choice.alpha_per_rank is not None and (settings.rank_pattern or choice.allocation.rescales):
+        # at a layer's own rank a multiple of the rank is not what the same number is
+        settings.alpha = f"{choice.alpha_per_rank:g}r"
     if settings.targets is None:
         settings.targets = find_preset(choice.preset).targets
     data += _text_digest(settings.eval.forgetting) or ""
@@ -415,6 +421,7 @@ class Run:
     def result(self, notes: list[str]) -> Work:
         """All of it; writes result.json last."""
         settings, prepared, screen = self.settings, self.prepared, self.screen
+        self.changed = self.team.tell(prepared.folder.changed_sources)  # since it was begun
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
         screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "

@@ -1,5 +1,6 @@
 """A finished run, opened again: its settings, its model, its adapter."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from variants import Adapter
-from variants._registry import unknown
+from variants._registry import outside_of, unknown
 
 from . import config
 from .model import Loaded, Source
+from .provenance import digest_now
+from .record import read_json
 from .tasks import BadInput, tasks
 
 
@@ -78,7 +81,14 @@ def load_adapter(loaded: Loaded, run: str | Path) -> Adapter:
 
     if not (Path(run) / "adapter").is_dir():
         raise BadInput(f"{run}: no adapter there: the run is not finished, or rerun=true is due")
-    return variants.load(loaded.model, Path(run) / "adapter", trainable=False)
+    adapter = variants.load(loaded.model, Path(run) / "adapter", trainable=False)
+    used = (read_json(Path(run) / "env.json") or {}).get("sources", {}).values()
+    name = adapter.choice.preset
+    for file in outside_of(name, adapter.choice.parts):
+        if used and digest_now(file) not in used:
+            told = f"{run}: trained with another {name} than that of {file} as it is now"
+            warnings.warn(told, stacklevel=2)
+    return adapter
 
 
 def open_run(run: str | Path) -> tuple[Loaded, Adapter]:

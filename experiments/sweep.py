@@ -225,6 +225,7 @@ def _launcher(context: HydraContext, task_function: TaskFunction, config: DictCo
 
 
 def _end(job: Job) -> str:
-    """How it ended, or its state: what an interrupt left waiting is missing still."""
+    """How it ended, or its state: what an interrupt left waiting is missing still, what finished
+    before may be stale."""
     status = job.line["status"] if job.line else job.state
-    return job.state if status == "interrupted" else status
+    return job.state if status == "interrupted" or status in FINISHED else status

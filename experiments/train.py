@@ -298,6 +298,12 @@ class Trainer:
         self.measured = state["measured"]
         self.durations = state["durations"]
         self.run.screen.say(f"resumed after step {step} of {self.steps}")
+        if self.run.changed:
+            note = (f"resumed after step {step} with other code than began it: "
+                    f"{', '.join(self.run.changed[:3])}{', ...' * (len(self.run.changed) > 3)} "
+                    f"changed; without {self.run.checkpoints} it begins anew")  # fmt: skip
+            self.adapter.notes.append(note)
+            self.run.screen.say(note)
         return True
 
 

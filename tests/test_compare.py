@@ -416,6 +416,31 @@ def test_runs_are_tuned_on_validation_and_confirmed_on_test(tmp_path: Path) -> N
     assert all(not r["unlike"] for r in report["fairness"] if r["variant"] == "lora")
 
 
+def test_one_variant_in_two_settings_is_two_methods(tmp_path: Path) -> None:
+    """The preset's own alpha has its plain name; what is one for all runs is not said."""
+    for alpha, dropout in ((16.0, 0.0), (64.0, 0.1)):
+        for lr in (1e-4, 1e-3):
+            folder = tmp_path / f"lora-{alpha}-{lr}"
+            made_run(folder, lr=lr)
+            (folder / "config.yaml").write_text(
+                f"alpha: {alpha}\ndropout: {dropout}\ntargets: q\noptim: {{schedule: linear}}\n"
+            )
+    runs, _ = load.runs([tmp_path])
+    assert sorted(set(runs["variant"])) == ["lora", "lora +alpha=64 +dropout=0.1"]
+
+
+def test_trained_numbers_may_differ_within_a_variant(tmp_path: Path) -> None:
+    for name, lr, trained in (("lora", 1e-3, 100), ("lora", 1e-2, 300), ("dora", 1e-3, 100)):
+        made_run(tmp_path / f"{name}-{lr}", variant=name, lr=lr)
+        result = json.loads((tmp_path / f"{name}-{lr}" / "result.json").read_text())
+        result["params"]["trainable"] = trained
+        (tmp_path / f"{name}-{lr}" / "result.json").write_text(json.dumps(result))
+    report, _ = compare(load.runs([tmp_path])[0], Rules("lora"), [])
+    assert {r["variant"]: "trained" in r["unlike"] for r in report["fairness"]} == {
+        "lora": False, "dora": True
+    }  # fmt: skip
+
+
 def test_the_runs_of_a_report_are_a_csv_that_says_the_same(tmp_path: Path) -> None:
     """But for what predictions tell; a split that is none is refused."""
     for k, name in enumerate(("lora", "dora")):

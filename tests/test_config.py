@@ -97,6 +97,10 @@ def test_the_hash_sees_through_spelling() -> None:
     lr = learning_rate(settings(), 96)[0]
     assert run_id("rank=16") == run_id()
     assert run_id("alpha=32") == run_id("alpha=32.0") == run_id("alpha=2r") == run_id()
+    for words in (["+rank_pattern={q:4}"], ["variant=gora", "rank=16"]):  # layers of other ranks
+        found = [run_id(*words, f"alpha={alpha}") for alpha in ("2r", "2.0r", "32", "32.0")]
+        assert found[0] == found[1] != found[2] == found[3]
+    assert run_id("+rank_pattern={q:4}") == run_id("+rank_pattern={q:4}", "alpha=2r")
     assert run_id("optim.clip=1") == run_id("optim.clip=1.0")
     assert lr > 0
 

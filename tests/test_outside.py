@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import lab
+from test_run import lab, module
 
 import variants
 from variants.__main__ import main
@@ -100,6 +100,19 @@ def test_on_the_command_line(half: Path, tmp_path: Path) -> None:
     assert str(half) in found.read_text()  # its hash is among the sources'
     done = lab(f"variant={tmp_path}/none.py", out=tmp_path / "runs", code=1)
     assert done.stderr.strip().endswith("none.py: no such file")
+    twice = tmp_path / "twice.py"  # of the same name, and another variant
+    twice.write_text(HALF.replace("W0 + s / 2", "W0 + s"))
+    for file, state in ((half, "done"), (twice, "missing")):
+        os.environ[OUTSIDE] = ""
+        index.cache_clear()
+        done = lab(f"variant={file}", "rank=2", *words, "dry=true", out=tmp_path / "runs")
+        assert done.stdout.split()[0] == state
+    with pytest.warns(UserWarning, match=f"trained with another half than that of {twice}"):
+        module("experiments.evaluate", str(found.parent))
+    os.environ[OUTSIDE] = ""
+    half.write_text(HALF.replace("s / 2 *", "s / 4 *"))
+    done = lab(f"variant={half}", "rank=2", *words, "dry=true", out=tmp_path / "runs")
+    assert done.stdout.split()[0] == "missing"
 
 
 def test_a_file_of_several_is_asked_by_name(half: Path) -> None:
@@ -119,6 +132,13 @@ def test_a_file_of_several_is_asked_by_name(half: Path) -> None:
         ),
         ("lr=2e-4", "rnak=16, lr=2e-4", "has no argument 'rnak'; its arguments: form, init"),
         ("rank=4, ", "", "preset lacks 'rank'"),
+        ("rank=4, ", "rank='4', ", "preset rank='4': a whole number, or None is needed"),
+        ("lr=2e-4", "lr='2e-4'", "preset lr='2e-4': a number is needed"),
+        (
+            "(LowRank, name",
+            "(LowRnk, name",
+            "line 16: class Half .* from LowRnk: choices: .*LowRank",
+        ),
         ("def shapes", "def sizes", "class Half has no `shapes`"),
         ("@dataclass(", "@dataclass((", "half.py, line [0-9]+: "),
     ],

@@ -530,8 +530,13 @@ def test_an_interrupted_run_keeps_the_step_it_ended_with(
     assert step and 10 <= int(step[1]) < 24
     status = json.loads((next(out.rglob("status.json"))).read_text())
     assert f"after step {step[1]}" in status["error"]
+    env = json.loads((only(out) / "env.json").read_text())
+    env["sources"]["variants/adalora.py"] = "0" * 64
+    record.write_json(only(out) / "env.json", env)
     done = lab(*KILLED, out=out)
     assert f"resumed after step {step[1]} of 24" in done.stdout
+    (note,) = json.loads((only(out) / "result.json").read_text())["notes"]
+    assert note in done.stdout and "other code than began it: variants/adalora.py changed" in note
     _same(whole, only(out))
 
 

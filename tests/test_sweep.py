@@ -197,6 +197,7 @@ def test_a_stale_run_is_kept_and_run_again_when_asked(words: list[str], tmp_path
     record.write_json(out / "single" / name / "env.json", env)
     done = lab("-m", "rank=1,2", *words, out=out)
     assert "1 stale" in done.stdout and "nothing to run" in done.stdout
+    assert sum("│ stale" in line for line in done.stdout.splitlines()) == 1, "in the table as well"
     done = lab("-m", "rank=1,2", *words, "sweep.retry=stale", out=out)
     assert "1 to run" in done.stdout
     after = results(out)

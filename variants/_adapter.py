@@ -638,7 +638,8 @@ def attach(
 
     Args:
         preset: a name of `variants.names()`.
-        rank, alpha: None takes the preset's default. alpha may be a multiple of the rank, "2r".
+        rank, alpha: None takes the preset's default. alpha may be a multiple of the rank, "2r":
+            of a layer's own rank, where a pattern gives it one.
         targets: roles (`all-linear`, `attention`, `mlp`, `q`, ..., `embeddings`, `norms`,
             `convolutions`) or names of layers; None takes the preset's, `all-linear` for most.
         dropout: probability on the adapter's input: y = W0 x + (W - W0) dropout(x).

@@ -291,6 +291,11 @@ class Allocation(Measuring):
         """The largest rank that `static` may give to an [m, n] matrix that was asked for r."""
         return r
 
+    @property
+    def rescales(self) -> bool:
+        """Whether `static` may give a layer another s with its rank."""
+        return type(self).static is not Allocation.static and not self.keeps_scale
+
     def static(
         self, planned: "Sequence[Planned]", found: Mapping[str, Tensors]
     ) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ package offers a module by an entry point of the group `lora_variants`.
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -18,11 +19,12 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 AXES = ("form", "init", "scale", "allocation", "update", "base")
@@ -32,6 +34,12 @@ FACTORS = "LORA_FACTORS"  # in the environment of a sweep's runs: its largest ra
 GROUP = "lora_variants"  # of entry points
 _ABSTRACT = {"form": ("shapes", "weight")}  # what a part must bring itself
 _KINDS = {"int": int, "float": float, "str": str}
+_NUMBER, _WHOLE, _ALPHA, _TEXT = (int, float), (int, NoneType), (int, float, str, NoneType), (str,)
+_ARGUMENTS = {"rank": _WHOLE, "alpha": _ALPHA, "lr": _NUMBER, "lr_origin": _TEXT, "targets": _TEXT,
+              "parameters": _TEXT, "width": (int,), "width_exponent": _NUMBER}  # fmt: skip
+_MEANT = {_NUMBER: "a number", _WHOLE: "a whole number, or None", _TEXT: "a text",
+          _ALPHA: "a number, a multiple of the rank such as '2r', or None",
+          (int,): "a whole number"}  # fmt: skip
 
 
 class Incompatible(ValueError):
@@ -156,6 +164,14 @@ def _part(node: ast.ClassDef, module: str, tree: ast.Module) -> PartInfo | None:
         if other is not None:
             return PartInfo(other.axis, names[0], module, node.name, doc, other.fields | fields,
                             other.docs | docs, other.traits | traits)  # fmt: skip
+    if names:
+        bases = ", ".join(ast.unparse(base) for base in node.bases) or "nothing"
+        able = [name for name, (axis, _) in _axis_classes().items() if axis]
+        raise Incompatible(
+            f"{module}, line {node.lineno}: class {node.name} has a name, and so is a part, but "
+            f"derives from {bases}: choices: {', '.join(able)}, or the class of a part "
+            f"that is imported from its variant file"
+        )
     return None
 
 
@@ -182,6 +198,12 @@ def _preset(call: ast.Call, module: str, doc: str) -> PresetInfo:
         what = f"has no argument {wrong[0]!r}" if wrong else f"lacks {missing[0]!r}"
         raise Incompatible(f"{module}, line {call.lineno}: preset {what}; its arguments: "
                            f"{', '.join((*AXES, *sorted(own)))}")  # fmt: skip
+    for key, value in given.items():
+        kind = _ARGUMENTS.get(key)
+        if kind and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise Incompatible(
+                f"{module}, line {call.lineno}: preset {key}={value!r}: {_MEANT[kind]} is needed"
+            )
     axes = {}
     for axis, default in zip(
         AXES, ("lora", "default", "standard", "uniform", "adamw", "dense"), strict=True
@@ -238,6 +260,18 @@ def outside() -> list[Path]:
             raise Incompatible(f"entry point {point.name} = {point.value}: no such module")
         found.append(Path(spec.origin))
     return list(dict.fromkeys(found))
+
+
+def outside_of(preset: str, parts: Mapping[str, Any]) -> list[Path]:
+    """The files from outside that a preset and its parts ({axis: part}) come from."""
+    modules = {find_part(axis, part.name).module for axis, part in parts.items()}
+    modules.add(find_preset(preset).module)
+    return [path for path in outside() if str(path) in modules]
+
+
+def said_by(file: Path) -> str:
+    """The hash of what a variant file says: comments and layout do not count."""
+    return hashlib.sha256(ast.dump(ast.parse(file.read_text())).encode()).hexdigest()
 
 
 def from_file(name: str) -> str:
