@@ -105,8 +105,11 @@ def regret(found: Rows, baseline: str, papers: Mapping[str, float]) -> Rows:
             for r in found if r["variant"] == baseline}  # fmt: skip
     rows = []
     for row in found:
-        known = [(lr, m) for lr, m in zip(row["lr"], row["mean"], strict=True) if m is not None]
-        if len(known) < 2:
+        # None where a run diverged: the others of its rate are those that had luck
+        known = [(lr, None if diverged else m)
+                 for lr, m, diverged in zip(row["lr"], row["mean"], row["diverged"], strict=True)
+                 if diverged or m is not None]  # fmt: skip
+        if sum(m is not None for _, m in known) < 2:
             continue
         theirs = base.get((row["scope"], row["task"], row["rank"]))
         papers_own = papers.get(row["variant"])
@@ -119,12 +122,17 @@ def regret(found: Rows, baseline: str, papers: Mapping[str, float]) -> Rows:
     return rows
 
 
-def _at(known: Sequence[tuple[float, float]], lr: float | None) -> float | None:
-    """The score at `lr`, by straight lines between the rates; None outside them."""
+def _at(known: Sequence[tuple[float, float | None]], lr: float | None) -> float | None:
+    """The score at `lr`, by straight lines between the rates; None outside them, and beside one
+    without a score."""
     if lr is None or not known[0][0] * (1 - 1e-6) <= lr <= known[-1][0] * (1 + 1e-6):
         return None
-    return float(np.interp(math.log10(lr), [math.log10(x) for x, _ in known],
-                           [m for _, m in known]))  # fmt: skip
+    scores = [math.nan if m is None else m for _, m in known]
+    at = [i for i, (x, _) in enumerate(known) if math.isclose(x, lr, rel_tol=1e-6)]
+    found = scores[at[0]] if at else float(
+        np.interp(math.log10(lr), [math.log10(x) for x, _ in known], scores)
+    )  # fmt: skip
+    return found if math.isfinite(found) else None
 
 
 def _lost(own: float | None, other: float | None, sign: float) -> float | None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.hydra import Hydra
@@ -20,6 +21,8 @@ from .attempt import FULL, terminate
 from .config import register
 from .parallel import complain, refuse_sweep
 from .record import EXPECTED, Terminated, interrupted, one_line
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def guarded(main: Callable[[], Any]) -> int:
@@ -57,10 +60,12 @@ def guarded(main: Callable[[], Any]) -> int:
 @contextlib.contextmanager
 def _composed_once(words: list[str]) -> Iterator[None]:
     """Hydra composes everything twice, the first time to look for `hydra.mode`, which -m says too.
-    Of our files none sets it: where no word can, and no file of the user's, it is not looked for.
+    Where no word can set it, and no file of conf/ that is read unasked, it is not looked for.
     """
     looks = Hydra.get_mode
-    if not any(re.search(r"^-+c|hydra(=|\.mode)|experiment", word) for word in words):
+    files = (f for f in CONF.rglob("*.yaml") if f.parent.name != "experiment")
+    may = any(re.search(r"^-+c|^\+|hydra\b(?!/)|experiment", word) for word in words)
+    if not may and not any("mode:" in file.read_text() for file in files):
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]  # as where it fails
     try:
         yield

@@ -247,7 +247,8 @@ class Study:
             changed = [k for k in frozen if before.get(k) != frozen[k]]
             if "words" in changed:
                 others = set(words).symmetric_difference(before.get("words", ()))
-                changed[changed.index("words")] = f"words ({' '.join(sorted(others))})"
+                told = " ".join(sorted(others)) or "order, or one of them twice"
+                changed[changed.index("words")] = f"words ({told})"
             raise BadInput(
                 f"study={self.name}: {self.folder} was frozen as {before['hash']} with another "
                 f"{', '.join(changed)}; give it another out_dir, or take the folder away"

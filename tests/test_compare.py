@@ -277,6 +277,19 @@ def test_own_rates_lose_nothing_and_ties_are_ties(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_rate_at_which_runs_diverged_has_no_regret(tmp_path: Path) -> None:
+    """Neither the score of the seed that had luck, nor one between those of its neighbours."""
+    lines = []
+    for lr, score in ((1e-4, 0.1), (1e-3, 0.5), (1e-2, 0.4)):
+        lines += [f"lora,{lr},{seed},math,{score}" for seed in range(6)]
+        lost = lr == 1e-3
+        lines += [f"dora,{lr},{seed},math,{'diverged' if lost and seed else score}"
+                  for seed in range(6)]  # fmt: skip
+    (tmp_path / "lost.csv").write_text("\n".join(["variant,lr,seed,task,score", *lines]))
+    found = compare(load.csv(tmp_path / "lost.csv"), Rules("lora", margin=1.0))[0]["regret"]
+    assert {r["variant"]: r["at_baseline_lr"] for r in found} == {"lora": 0.0, "dora": None}
+
+
 def test_scores_that_are_all_zero_have_no_profile(tmp_path: Path) -> None:
     file = tmp_path / "zeros.csv"
     for score, count in (("0.0", 0), ("1.0", 1), ("-1.0", 1)):

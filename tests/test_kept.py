@@ -1,8 +1,11 @@
 """What autograd keeps of an adapted model, and what a step costs: exact figures, no timing."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
+from threading import Event
 from typing import Any
 
 import models
@@ -112,6 +115,47 @@ def test_hooks_go_when_a_pass_fails_and_when_the_adapter_ends() -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # type: ignore[attr-defined]
     adapter.detach()
     assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+def test_an_interrupt_leaves_no_hook_for_the_next_pass() -> None:
+    """Torch calls no hook at the end of a forward that it broke off."""
+
+    def interrupted(gate: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    net = Gated(interrupted)
+    adapter = variants.attach(net, "lora", rank=2)
+    for again in (lambda: net(torch.ones(1, 8)), adapter.detach):
+        with pytest.raises(KeyboardInterrupt):
+            net(torch.ones(1, 8))
+        assert _kept.top_hooks(True) is not None
+        net.between = lambda gate: None
+        again()
+        assert _kept.top_hooks(True) is None
+        net.between = interrupted
+
+
+def test_a_model_trains_in_one_thread_while_another_asks_it() -> None:
+    """Each thread ends its own pass, whichever ends first."""
+    trains, asks = Event(), Event()
+
+    def between(gate: Tensor) -> None:
+        (trains if torch.is_grad_enabled() else asks).set()
+        assert trains.wait(10)
+        assert asks.wait(10)
+        if not torch.is_grad_enabled():
+            time.sleep(0.1)  # after the other, which began before
+
+    net = Gated(between)
+    variants.attach(net, "lora", rank=2)
+
+    def run(grad: bool) -> Any:
+        with torch.set_grad_enabled(grad):
+            net(torch.ones(1, 8))
+        return _kept.top_hooks(True)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, (True, False))) == [None, None]
 
 
 def test_a_torch_that_tells_no_hooks_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:

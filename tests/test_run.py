@@ -27,7 +27,7 @@ from hydra._internal.hydra import Hydra
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from experiments import forks, isolate, record, track
+from experiments import command, forks, isolate, record, track
 from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 
@@ -438,6 +438,12 @@ def test_what_is_composed_is_composed_once_and_the_mode_obeyed(
     )
     mine = ["--config-dir", str(tmp_path), "experiment=mine", "rank=1,2", "dry=true"]
     assert "2 runs" in lab(*mine, out=tmp_path).stdout
+    asked.clear()
+    monkeypatch.setattr(command, "CONF", tmp_path)  # as if conf/config.yaml had it
+    (tmp_path / "config.yaml").write_text("hydra: {mode: MULTIRUN}\n")
+    lab("rank=2", "dry=true", out=tmp_path)
+    lab("+rank_pattern={q:1}", "rank=2", "dry=true", out=tmp_path)  # as of a group of one's own
+    assert len(asked) == 4
 
 
 def test_multirun_one_table_one_group_and_nothing_twice(tmp_path: Path) -> None:

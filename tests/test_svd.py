@@ -1,5 +1,6 @@
 """The singular value decompositions under the inits: exact, seeded, cached."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,26 @@ def test_a_damaged_file_is_replaced(cache: Path) -> None:
     assert list(cache.iterdir()) == [file]
     top(W + 1, 4)
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_time_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, _ = matrix(300, 200, 0.5)
+    first = top(W, 4)
+    (file,) = cache.iterdir()
+    assert file.stat().st_mode & 0o444 == 0o444 & ~umask(), "others of a shared cache may read it"
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read what others may not
+    assert all(map(torch.equal, first, top(W, 4)))
+    assert list(cache.iterdir()) == [file]
+    monkeypatch.setenv("LORA_CACHE", str(file))  # no folder
+    assert all(map(torch.equal, first, top(W, 4)))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @pytest.mark.parametrize("which", ["top", "last"])

@@ -327,6 +327,17 @@ def test_a_copy_s_end_is_its_own() -> None:
     assert [[len(m._forward_pre_hooks), len(m._forward_hooks)] for m in hooks[1]] == [[0, 0]] * 2
 
 
+def test_a_layer_that_is_compiled_by_itself_answers_for_itself() -> None:
+    """In one graph, while its block has a group."""
+    net = Attention()
+    adapter = attached("lora", net)
+    x = torch.randn(3, 4)
+    wanted = net(x)
+    for layer in adapter.layers.values():
+        layer.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(net(x), wanted)
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("preset", ["lora", "qlora", "hira", "dora"])
 def test_an_output_may_be_changed_in_place(preset: str, together: bool) -> None:

@@ -37,6 +37,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -186,6 +187,9 @@ class Hooked:
     def end(self, module: nn.Module, *_: Any) -> None:
         raise NotImplementedError  # abstract
 
+    def leave(self) -> None:
+        """Ends what a forward that was broken off has left open."""
+
 
 @dataclass
 class End:
@@ -195,6 +199,7 @@ class End:
     module: nn.Module
 
     def __call__(self) -> None:
+        self.what.leave()
         for hooks in (self.module._forward_pre_hooks, self.module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if getattr(hook, "__self__", None) is self.what:
@@ -208,7 +213,7 @@ class Remaking(Hooked):
     """The hooks of a model that keep a forward pass of it so."""
 
     def __init__(self) -> None:
-        self.open: list[saved_tensors_hooks | None] = []
+        self.open: dict[int, list[saved_tensors_hooks | None]] = {}  # by thread
 
     def install(self, module: nn.Module) -> End:
         """From now on, where torch tells what this has to know."""
@@ -222,15 +227,27 @@ class Remaking(Hooked):
             return
         within = None
         if torch.is_grad_enabled():
+            self.leave()
             assert top_hooks is not None
             now = Pass(top_hooks(True))
             within = saved_tensors_hooks(now.pack, lambda kept: kept.value())
             within.__enter__()
-        self.open.append(within)
+        self.open.setdefault(get_ident(), []).append(within)
 
     def end(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        within = self.open.pop() if self.open else None  # empty: `begin` was compiled, this is not
+        own = self.open.get(get_ident())  # None: `begin` was compiled, this is not
+        within = own.pop() if own else None
+        if not own:
+            self.open.pop(get_ident(), None)
         if within is not None:
             within.__exit__()
+
+    def leave(self) -> None:
+        """Torch does not call hooks at the end of a forward that an interrupt has broken off."""
+        own = self.open.get(get_ident(), [])
+        while own and isinstance(getattr((top_hooks(True) or [None])[0], "__self__", None), Pass):  # type: ignore[misc]
+            within = own.pop()
+            if within is not None:
+                within.__exit__()

@@ -265,7 +265,8 @@ class Adapted(nn.Module):
     def product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """W0 x + bias + s B A dropout(x), keeping x alone for backward."""
         frozen = self.frozen
-        together = self.together  # which another thread may end
+        # which another thread may end; a compiler sees through a block, and is told nothing
+        together = None if torch.compiler.is_compiling() else self.together
         if together is not None:
             y = together.output(self, x)
             if y is not None:

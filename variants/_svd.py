@@ -54,7 +54,9 @@ ones, and which of them serves a rank does not show: the triplets are the same t
 [16, 16, 32, 128, 4096]
 """
 
+import contextlib
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -62,6 +64,8 @@ import torch
 from torch import Tensor
 
 from ._registry import FACTORS, Incompatible
+
+log = logging.getLogger("variants")
 
 OVERSAMPLE, MIN_BLOCKS, MAX_BLOCKS = 16, 6, 12
 RESIDUAL = 1e-5  # of the largest singular value
@@ -248,18 +252,22 @@ def _read(stem: Path, r: int, device: torch.device) -> Triplets | None:
     files = {int(file.stem.rpartition("-")[2]): file
              for file in stem.parent.glob(f"{stem.name}-*.safetensors")}  # fmt: skip
     for count in sorted(count for count in files if count >= r):
+        if not os.access(files[count], os.R_OK):  # another user's
+            continue
         try:
             found = load_file(files[count], device=str(device))
             return found["U"], found["S"], found["Vh"]
         except Exception:  # cut short or not ours: computed again, and replaced
-            files[count].unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                files[count].unlink(missing_ok=True)
     return None
 
 
 def _write(path: Path, found: Triplets) -> None:
-    from safetensors.torch import save_file
+    from ._io import write_tensors
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({k: t.contiguous() for k, t in zip(("U", "S", "Vh"), found, strict=True)}, part)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, dict(zip(("U", "S", "Vh"), found, strict=True)))
+    except OSError as error:
+        log.warning("factors are not kept, and will be computed again: %s", error)

@@ -51,7 +51,7 @@ OTHER_INPUTS = {
     "key_value_states", "encoder_hidden_states", "cross_attention_states", "key_hidden_states",
     "context_hidden_states", "global_hidden_states", "query_states", "key", "keys", "key_tensor",
     "value", "values", "value_tensor", "kv", "to_tensor", "context", "inputs", "object_queries",
-    "spatial_position_embeddings",
+    "spatial_position_embeddings", "k", "v", "height", "entity_hidden_states",
 }  # fmt: skip
 
 
@@ -152,8 +152,9 @@ class Together:
         grad = torch.is_grad_enabled()
         if grad and (top_hooks is None or top_hooks(True) != self.hooks):
             return None
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         return (x._version, grad, x.requires_grad, torch.is_inference_mode_enabled(),
-                threading.get_ident())  # fmt: skip
+                threading.get_ident(), stream)  # fmt: skip
 
 
 def _versions(layer: "Adapted") -> list[int]:
@@ -237,4 +238,5 @@ def _joins(layer: "Adapted") -> bool:
 def _crosses(model: nn.Module, block: str) -> bool:
     """Whether an attention may be given keys and values of another input than its queries'."""
     taken = inspect.signature(type(model.get_submodule(block)).forward).parameters
-    return bool(OTHER_INPUTS & set([*taken][2:]))  # after self and the first input
+    first, *others = [*taken][1:]
+    return first == "key_value_states" or bool(OTHER_INPUTS & set(others))
