@@ -71,6 +71,12 @@ def table(jobs: list[Job], ends: list[str]) -> None:
             Path(str(job.path)).name,
         )
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    notes: dict[str, list[str]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        for note in (result or {}).get("notes", []):
+            notes.setdefault(note, []).append(job.name)
+    for note, names in notes.items():
+        print(f"note: {note}: {'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''}")
     failures = [(job, end) for job, end in zip(jobs, ends, strict=True) if end in NOT_AGAIN]
     for job, end in failures:
         print(f"{end}: {job.name}: {job.why}")

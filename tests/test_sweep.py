@@ -474,11 +474,13 @@ def test_joblib_s_processes_share_a_sweep(bad: Path, words: list[str], tmp_path:
 
 def test_status_shows_a_sweep(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    lab("-m", "rank=1,2", *words, out=out)
+    words = ["rank=1,2", "variant/scale=none", "alpha=3", *words]
+    said = lab("-m", *words, out=out).stdout
+    assert "note: alpha=3 has no meaning with scale none: rank=1; rank=2\n" in said
     name = min(results(out))
     (out / "single" / name / "result.json").unlink()
     (out / "single" / name / "status.json").unlink()
-    lab("-m", "rank=1,2", *words, "dry=true", out=out)
+    lab("-m", *words, "dry=true", out=out)
     rows = json.loads(module("experiments.status", str(out), "--json").stdout)
     assert [row["state"] for row in rows] == ["missing", "done"] and rows[0]["run"] == name
     done = rows[1]
