@@ -93,6 +93,8 @@ def catcher(file: str, presets: str) -> str:
 def child(folder: str, file: str, presets: str) -> None:
     """Runs `catcher` on the package in `folder`; leaves the answer, or `broken`, there."""
     sys.path.insert(0, folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE.name]:
+        del sys.modules[name]  # a fork of a process that has it
     sys.stdout = sys.stderr = io.StringIO()
     warnings.simplefilter("ignore")
     found, broken = "", ""

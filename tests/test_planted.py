@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from test_run import FORKS
 
 from benchmarks import planted as bench
 from benchmarks.bugs import BUGS, Bug
@@ -24,10 +25,12 @@ def trial(bugs: Sequence[Bug], jobs: int) -> list[str]:
         return pool.submit(bench.trial, bugs, jobs).result()
 
 
-def test_a_sample_is_caught_and_what_is_right_is_not() -> None:
+def test_a_sample_is_caught_and_what_is_right_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_context", lambda: FORKS)  # torch is there already
     found = {bug.mistake: bug for bug in reversed(BUGS)}
     (control,) = controls([bug for bug in BUGS if bug.file == "dora"])[:1]
-    *answers, right = trial([*(found[mistake] for mistake in SAMPLE), control], jobs=2)
+    bugs = [*(found[mistake] for mistake in SAMPLE), control]
+    *answers, right = [bench.caught_by(bug) for bug in bugs]
     assert not [answer for answer in answers if answer == MISSED or answer.startswith(BROKEN)]
     assert right == MISSED
 
