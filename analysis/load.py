@@ -78,7 +78,7 @@ def runs(paths: Iterable[str | Path]) -> tuple[Table, list[dict[str, str]]]:
 def _tell_apart(table: Table) -> None:
     """Names in `variant` what differs among runs that are else one method's, rate and seed aside:
     `lora +alpha=64` beside `lora`, whose alpha is the preset's."""
-    alike = ["variant", "task", "model_hash", "data_hash", "steps", "batch_size"]
+    alike = ["variant", "task", "model_hash", "data_hash", "steps", "batch_size", "split"]
     settings = table.pop("settings")
     for _, rows in table.groupby([*alike, table["rank"].fillna(-1)]):
         for key in TOLD:

@@ -421,7 +421,7 @@ class Run:
     def result(self, notes: list[str]) -> Work:
         """All of it; writes result.json last."""
         settings, prepared, screen = self.settings, self.prepared, self.screen
-        self.changed = self.team.tell(prepared.folder.changed_sources)  # since it was begun
+        self.changed = self.team.tell(self._changed)
         train = self.scorer.examples(prepared.splits.train)
         self._choose_threads(train)
         screen.say(f"{prepared.name}: {prepared.source.name}, {settings.task.name}, "
@@ -462,6 +462,11 @@ class Run:
             return found
 
         return self.team.tell(written)
+
+    def _changed(self) -> list[str]:
+        """The files that changed since the run was begun, or since any attempt that it goes on."""
+        before = (record.read_json(self.path / "env.json") or {}).get("changed", [])
+        return sorted({*before, *self.prepared.folder.changed_sources()})
 
     def _choose_threads(self, train: list[Example]) -> None:
         tokens = sum(len(e.ids) for e in train) / len(train)

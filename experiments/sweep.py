@@ -227,5 +227,5 @@ def _launcher(context: HydraContext, task_function: TaskFunction, config: DictCo
 def _end(job: Job) -> str:
     """How it ended, or its state: what an interrupt left waiting is missing still, what finished
     before may be stale."""
-    status = job.line["status"] if job.line else job.state
-    return job.state if status == "interrupted" or status in FINISHED else status
+    status = job.line["status"] if job.line else "interrupted"
+    return job.state if status in ("interrupted", *FINISHED) else status

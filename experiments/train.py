@@ -304,6 +304,7 @@ class Trainer:
                     f"changed; without {self.run.checkpoints} it begins anew")  # fmt: skip
             self.adapter.notes.append(note)
             self.run.screen.say(note)
+            self.run.note_environment(changed=self.run.changed)  # for the next attempt too
         return True
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from experiments import command, forks, isolate, record, track
 from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
+from variants._registry import index
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["train.steps=3", "train.batch_size=8", "eval.limit=8", "eval.limit_during=4",
@@ -107,6 +108,7 @@ def _served(asked: int, ours: int, answers: int) -> None:
     os.dup2(asked, 0)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(ROOT)
+    index.cache_clear()  # a job's environment may name files that the tests before did not
     forks.serve(answers)
 
 
@@ -543,6 +545,8 @@ def test_an_interrupted_run_keeps_the_step_it_ended_with(
     assert f"resumed after step {step[1]} of 24" in done.stdout
     (note,) = json.loads((only(out) / "result.json").read_text())["notes"]
     assert note in done.stdout and "other code than began it: variants/adalora.py changed" in note
+    env = json.loads((only(out) / "env.json").read_text())
+    assert env["changed"] == ["variants/adalora.py"], "a third attempt says it as well"
     _same(whole, only(out))
 
 
