@@ -232,9 +232,8 @@ def _say_finished(
     changed = folder.changed_sources()
     if changed:
         screen.say(
-            f"finished with other code ({', '.join(changed[:3])}"
-            f"{', ...' if len(changed) > 3 else ''} changed since): kept; rerun=true runs it "
-            f"again beside the old one"
+            f"finished with other code ({record.some(changed)} changed since): kept; rerun=true "
+            f"runs it again beside the old one"
         )
     joined = team.first(_regroup, prepared, finished, screen, group, ground.several)
     screen.say("finished before; rerun=true runs it again beside the old one")

@@ -9,7 +9,7 @@ from typing import Any
 from variants._registry import AXES
 
 from .plan import Job
-from .record import NOT_AGAIN
+from .record import NOT_AGAIN, some
 
 
 def show(jobs: list[Job], states: list[str]) -> None:
@@ -76,7 +76,7 @@ def table(jobs: list[Job], ends: list[str]) -> None:
         for note in (result or {}).get("notes", []):
             notes.setdefault(note, []).append(job.name)
     for note, names in notes.items():
-        print(f"note: {note}: {'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''}")
+        print(f"note: {note}: {some(names, '; ')}")
     failures = [(job, end) for job, end in zip(jobs, ends, strict=True) if end in NOT_AGAIN]
     for job, end in failures:
         print(f"{end}: {job.name}: {job.why}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -59,6 +59,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def some(names: Sequence[str], between: str = ", ") -> str:
+    """The first three, and whether there are more."""
+    return between.join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def read_json(path: Path) -> Any:

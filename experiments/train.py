@@ -17,7 +17,7 @@ from variants._adapter import Adapter
 from . import batches
 from .loss import count_tokens, training_loss
 from .measure import measure, most_bytes
-from .record import Metrics, Terminated, load_checkpoint, pack, save_checkpoint, unpack
+from .record import Metrics, Terminated, load_checkpoint, pack, save_checkpoint, some, unpack
 from .tasks import Example
 
 if TYPE_CHECKING:
@@ -300,8 +300,8 @@ class Trainer:
         self.run.screen.say(f"resumed after step {step} of {self.steps}")
         if self.run.changed:
             note = (f"resumed after step {step} with other code than began it: "
-                    f"{', '.join(self.run.changed[:3])}{', ...' * (len(self.run.changed) > 3)} "
-                    f"changed; without {self.run.checkpoints} it begins anew")  # fmt: skip
+                    f"{some(self.run.changed)} changed; without {self.run.checkpoints} it begins "
+                    f"anew")  # fmt: skip
             self.adapter.notes.append(note)
             self.run.screen.say(note)
             self.run.note_environment(changed=self.run.changed)  # for the next attempt too
