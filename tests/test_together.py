@@ -5,6 +5,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,6 +316,21 @@ def test_what_was_made_in_inference_mode_has_no_group(answered: list[int]) -> No
         y = torch.ones(3, 4)
         torch.testing.assert_close(net(y), torch.softmax(q(y) @ k(y).mT, -1) @ v(y))
     assert answered == []
+
+
+@pytest.mark.parametrize("preset", ["lora", "tied_lora", "abba"])
+def test_attached_and_loaded_without_gradients_are_grouped_all_the_same(
+    preset: str, tmp_path: Path
+) -> None:
+    """Where A is made from what trains, too; so a loaded model's bits are the saved one's."""
+    models = [made("llama")[0] for _ in range(3)]
+    variants.attach(models[0], preset, rank=2).save(tmp_path)
+    with torch.no_grad():
+        variants.attach(models[1], preset, rank=2)
+        variants.load(models[2], tmp_path)
+    first, *others = map(groups, models)
+    assert first
+    assert others == [first] * 2
 
 
 def test_a_copy_s_end_is_its_own() -> None:

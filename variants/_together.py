@@ -231,7 +231,8 @@ def bring_together(
 def _joins(layer: "Adapted") -> bool:
     """Whether its form is two factors, of which A learns, with the products of every such form."""
     plain = type(layer.kind) in (Kind, Conv1DKind) and type(layer.form).forward is Form.forward
-    factors = layer.form.factors(layer.p) if plain else None
+    with torch.enable_grad():  # wherever it is asked from: factors that are made learn too
+        factors = layer.form.factors(layer.p) if plain else None
     return factors is not None and factors[0].requires_grad
 
 
