@@ -62,7 +62,7 @@ class Eval:
 
     split: str = "validation"  # validation, test
     batch_size: int = 64
-    limit: int | None = None  # items at the end; null: all
+    limit: int | None = None  # items at the end, new and old ones each; null: all
     limit_during: int = 256  # items in a validation on the way
     forgetting: str | None = None  # a text file like what the base was pretrained on
     max_new_tokens: int | None = None  # null: the task's own

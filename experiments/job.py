@@ -494,15 +494,16 @@ class Run:
 
     def _forgetting(self) -> tuple[Scorer, list[Example]] | None:
         """What the base could do before: the task's old items, or a text file of your own."""
+        limit = self.settings.eval.limit
         if self.settings.eval.forgetting is not None:
             task = LanguageModelling(path=self.settings.eval.forgetting)
             items = task.splits().validation + task.splits().test
             scorer = Scorer(task, self.loaded, self.device, self.scorer.batch_size,
                             self.scorer.seq_len, 0, self.scorer.autocast,
                             team=self.team)  # fmt: skip
-            return scorer, scorer.examples(items)
+            return scorer, scorer.examples(items)[:limit]
         if self.prepared.splits.forgetting:
-            return self.scorer, self.scorer.examples(self.prepared.splits.forgetting)
+            return self.scorer, self.scorer.examples(self.prepared.splits.forgetting)[:limit]
         return None
 
     def _base(self, scored: list[Example], train: list[Example]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ multiplications:
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
@@ -99,16 +100,27 @@ def measure(backward: Callable[[], Any], model: nn.Module) -> dict[str, float]:
         return tensor
 
     note(model)
-    hook = register_module_forward_pre_hook(note)  # a base in shards is made whole block by block
+    with (
+        _before_each(note) if _in_shards(model) else nullcontext(),
+        FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        backward()
+    return {"saved_bytes": sum(s.nbytes() for s in kept.values()), "flops": flops.get_total_flops()}
+
+
+@contextmanager
+def _before_each(note: Callable[..., None]) -> Iterator[None]:
+    """Within it, before each module's forward: shards are made whole block by block."""
+    hook = register_module_forward_pre_hook(note)
     try:
-        with (
-            FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as flops,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            backward()
+        yield
     finally:
         hook.remove()
-    return {"saved_bytes": sum(s.nbytes() for s in kept.values()), "flops": flops.get_total_flops()}
+
+
+def _in_shards(model: nn.Module) -> bool:
+    return any(_local(p) is not p for p in model.parameters())
 
 
 def most_bytes(backward: Callable[[], Any], model: nn.Module) -> int | None:
@@ -116,7 +128,7 @@ def most_bytes(backward: Callable[[], Any], model: nn.Module) -> int | None:
 
     None for a model in shards: their storages grow and shrink where no operation shows it.
     """
-    if any(_local(p) is not p for p in model.parameters()):
+    if _in_shards(model):
         return None
     with Live((*model.parameters(), *model.buffers())) as live:
         backward()

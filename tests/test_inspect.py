@@ -42,6 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "variant/init=pissa",
             "variant/base=nf4",
             "targets=[q,v]",
+            "eval.limit=400",  # all old items, as the analysis
         ],
         "adalora": ["rank=3", "train.steps=10", "variant.allocation.target_rank=1"],
     }.items():

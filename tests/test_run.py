@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from experiments import command, forks, isolate, record, track
+from experiments.evaluate import Scorer
 from experiments.saved import settings_of_run
 from experiments.tasks import BadInput
 from variants._registry import index
@@ -147,13 +148,16 @@ def _signalled(step: float, words: list[str], out: Path, signum: int) -> tuple[i
     return process.exitcode, said.read_text()
 
 
+FINISHED = [w for w in QUICK if not w.startswith(("track", "eval.limit="))] + [
+    "variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline", "eval.limit=96"
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of PiSSA on DoRA, tracked offline, in a process of its own."""
     out = tmp_path_factory.mktemp("finished") / "runs"
-    words = [w for w in QUICK if not w.startswith("track")]
-    words += ["variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline"]
-    code, said = _signalled(math.inf, words, out, 0)
+    code, said = _signalled(math.inf, FINISHED, out, 0)
     assert code == 0, said
     return only(out)
 
@@ -182,9 +186,9 @@ def test_a_run_leaves_what_the_design_names(finished: Path) -> None:
         result["params"]["trainable"] / result["params"]["total"]
     )
     rows = rows_of(finished / "predictions.jsonl")
-    assert len(rows) == 8 and all(set(r) == {"id", "reference", "base", "tuned"} for r in rows)
+    assert len(rows) == 96 and all(set(r) == {"id", "reference", "base", "tuned"} for r in rows)
     hits = sum(r["tuned"] == r["reference"] for r in rows)
-    assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 8)
+    assert metrics["tuned"]["exact_match"] == pytest.approx(hits / 96)
     steps = rows_of(finished / "metrics.jsonl")
     assert [r["step"] for r in steps if "loss" in r] == [1, 2, 3]
     assert [r["step"] for r in steps if "validation/loss" in r] == [0, 1, 2, 3]
@@ -220,8 +224,17 @@ def test_the_base_knows_its_old_skills_and_no_new_one(finished: Path) -> None:
     assert result["metrics"]["base"]["exact_match"] < 0.1
 
 
-def test_patterns_of_rank_reach_the_result(tmp_path: Path) -> None:
+def test_patterns_of_rank_reach_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a limit holds for new and old items, of the base and of the result."""
+    scored, full = [], Scorer.full
+
+    def noted(self: Scorer, examples: Any) -> Any:
+        scored.append(len(examples))
+        return full(self, examples)
+
+    monkeypatch.setattr(Scorer, "full", noted)
     lab("variant=lora", "rank=2", "rank_pattern={mlp:4,q:3}", *QUICK, out=tmp_path)
+    assert scored == [8] * 4
     ranks = json.loads((only(tmp_path) / "result.json").read_text())["ranks"]
     own = {name.rpartition(".")[2]: r for name, r in ranks.items()}
     attention = {"q_proj": 3, "k_proj": 2, "v_proj": 2, "o_proj": 2}
@@ -230,9 +243,7 @@ def test_patterns_of_rank_reach_the_result(tmp_path: Path) -> None:
 
 def test_the_same_command_repeats_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-    words = [w for w in QUICK if not w.startswith("track")]
-    done = lab("variant=dora", "variant/init=pissa", "rank=4", "track.mode=offline", *words,
-               out=finished.parents[1])  # fmt: skip
+    done = lab(*FINISHED, out=finished.parents[1])
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
     assert str(finished) in done.stdout.replace("\n", "")
 
