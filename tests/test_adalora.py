@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import variants
+from variants import triplet
 from variants.adalora import AdaLoRABudget
 
 # (script, total steps, init rank, target rank, warm-up, final, interval), 72 matrices:
@@ -177,6 +178,17 @@ def test_a_budget_of_nothing_is_refused() -> None:
     )
     with pytest.raises(variants.Incompatible, match="leaves no triplet"):
         adapter.optimizer(1e-2, steps=100)
+
+
+def test_the_penalty_s_gradient_is_that_of_its_definition() -> None:
+    """By finite differences in float64, of layers of unlike ranks; 0 where all is orthogonal."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(5, 2), (7, 3), (5, 2), (2, 4), (3, 6), (2, 8)]
+    some = [torch.randn(s, generator=draw, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *t: triplet.distance(t[:3], t[3:]), some)
+    whole = [torch.eye(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    triplet.distance(whole[:3], whole[3:]).backward()
+    assert all(t.grad is not None and not t.grad.any() for t in whole)
 
 
 def test_the_penalty_is_the_same_under_autocast() -> None:

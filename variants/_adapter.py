@@ -453,7 +453,8 @@ class Adapter:
         self._penalty_asked = True
         if not self.layers or not self.choice.allocation.penalized:
             return None
-        device = self.parameters()[0].device.type
+        tensors = (t for layer in self.layers.values() for t in layer.params.values())
+        device = next(tensors).device.type
         with torch.autocast(device, enabled=False):
             return self.choice.allocation.penalty(self.layers)
 

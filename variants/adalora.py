@@ -174,8 +174,9 @@ class AdaLoRABudget(Allocation, name="adalora"):
         start = sum(layer.rank for layer in layers.values())
         state["budget"], mask = self.budget(done, steps, start, len(layers))
         if mask and state["budget"] < start:
-            scores = zip(*triplet.in_kinds(triplet.like(mean * uncertainty, p)), strict=True)
-            importance = torch.cat([E + P.mean(0) + Q.mean(1) for P, E, Q in scores])
+            P, E, Q = triplet.in_kinds(triplet.like(mean * uncertainty, p))
+            importance = torch.cat(list(E)) + torch.cat([t.mean(0) for t in P])
+            importance += torch.cat([t.mean(1) for t in Q])
             threshold = importance.kthvalue(start - state["budget"]).values
             E = list(triplet.in_kinds(p)[1])
             kept = (~(importance <= threshold)).to(importance.dtype)

@@ -73,33 +73,44 @@ def distance(P: Sequence[Tensor], Q: Sequence[Tensor]) -> Tensor:
 
     >>> distance([2 * torch.eye(3, 1)], [torch.eye(1, 3)]).item()
     1.5
+    >>> distance([2 * torch.eye(3, 1), torch.eye(3, 2)], [torch.eye(1, 3), torch.eye(2, 4)]).item()
+    0.75
     """
     return Distance.apply(len(P), *P, *Q)  # type: ignore[return-value]
 
 
 class Distance(torch.autograd.Function):
-    """See `distance`: d / dP = 2 P (P^T P - I) / ||P^T P - I||_F."""
+    """See `distance`: d / dP = 2 P (P^T P - I) / ||P^T P - I||_F.
+
+    What the products leave is one tensor for each rank: an operation on it is one for all of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
-        off = [t.mT @ t for t in tensors[:count]] + [t @ t.mT for t in tensors[count:]]
-        one = torch.eye(max(map(len, off)), dtype=off[0].dtype, device=off[0].device)
-        torch._foreach_sub_(off, [one[: len(t), : len(t)] for t in off])
-        norms = torch.stack(torch._foreach_norm(off))
-        ctx.count = count
-        ctx.save_for_backward(norms, *off, *tensors)
-        return norms.mean()
+        alike: dict[int, list[int]] = {}
+        products = [t.mT @ t for t in tensors[:count]] + [t @ t.mT for t in tensors[count:]]
+        for i, product in enumerate(products):
+            alike.setdefault(len(product), []).append(i)
+        off = [torch.stack([products[i] for i in own]) for own in alike.values()]
+        for some in off:
+            some.diagonal(dim1=1, dim2=2).sub_(1)
+        norms = [torch.linalg.vector_norm(some, dim=(1, 2)) for some in off]
+        ctx.count, ctx.alike = count, alike
+        ctx.save_for_backward(*norms, *off, *tensors)
+        return torch.cat(norms).mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        norms, *kept = ctx.saved_tensors
-        off, tensors = kept[: len(norms)], kept[len(norms) :]
-        weights = torch.where(norms > 0, 2 * g / (len(norms) * norms), 0)
-        off = torch._foreach_mul(off, weights.unbind())
-        pairs = list(zip(tensors, off, strict=True))
-        P = [t @ o for t, o in pairs[: ctx.count]]
-        return None, *P, *(o @ t for t, o in pairs[ctx.count :])
+        k = len(ctx.alike)
+        norms, off = ctx.saved_tensors[:k], ctx.saved_tensors[k : 2 * k]
+        tensors = ctx.saved_tensors[2 * k :]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        for own, norm, some in zip(ctx.alike.values(), norms, off, strict=True):
+            weights = torch.where(norm > 0, 2 * g / (len(tensors) * norm), 0)
+            for i, each in zip(own, (some * weights[:, None, None]).unbind(), strict=True):
+                grads[i] = tensors[i] @ each if i < ctx.count else each @ tensors[i]
+        return None, *grads
 
 
 def tensors(layers: Mapping[str, Any]) -> list[Tensor]:
