@@ -1,10 +1,11 @@
 """Decoding 4 bits in C, where a compiler is at hand: what `_decode.py` computes, to the bit.
 
-Sixteen numbers are one register: a group's 16 values are scaled and rounded once, and a look into
-them is one instruction where the processor has it. Compiled when a matrix of a million numbers or
-more is first decoded, in less than a second, for this machine and this process alone. `LORA_DECODE`
-is `auto` (unset), `torch` (never compile) or `compiled` (any size, and a missing compiler is an
-error). Why C and not torch.compile: docs/adr/0008.
+A group's 16 numbers are scaled and rounded once. Their first bytes are one register, their second
+bytes another, and so on; 16 looks into a register are one instruction, of x86 (SSSE3) and of ARM,
+and what they find is laced into numbers. Compiled when a matrix of a million numbers or more is
+first decoded, in less than a second, for this machine and this process alone. `LORA_DECODE` is
+`auto` (unset), `torch` (never compile) or `compiled` (any size; a missing compiler is an error). Why
+C and not torch.compile: docs/adr/0008.
 """
 
 import ctypes
@@ -31,69 +32,102 @@ CHOICES = ("auto", "torch", "compiled")
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef int32_t places __attribute__((vector_size(64)));
-static const places FIRST = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#if defined(__SSSE3__)
+#include <tmmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#define VECTOR __attribute__((vector_size(16)))
+typedef float floats VECTOR;
+typedef uint32_t words VECTOR;
+typedef uint8_t bytes VECTOR;
+typedef uint16_t halves VECTOR;
+typedef uint64_t doubles VECTOR;
+typedef struct { bytes of[4]; } planes; /* the first bytes of the 16 numbers, their second, .. */
 
 #if defined(__clang__)
-static inline words mix(words a, words b, places at) {
-    words found;
-    for (int i = 0; i < 16; i++) found[i] = at[i] & 16 ? b[at[i] & 15] : a[at[i] & 15];
-    return found;
-}
-#define look(table, at) mix(table, table, (places)(at))
+#define mix(kind, a, b, ...) (bytes)__builtin_shufflevector((kind)(a), (kind)(b), __VA_ARGS__)
 #else
-#define mix(a, b, at) __builtin_shuffle(a, b, at)
-#define look(table, at) __builtin_shuffle(table, (places)(at))
+#define mix(kind, a, b, ...) (bytes)__builtin_shuffle((kind)(a), (kind)(b), (kind){__VA_ARGS__})
 #endif
+#define LOW(a, b) mix(bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) mix(bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define LOW_HALVES(a, b) mix(halves, a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_HALVES(a, b) mix(halves, a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 
-static inline words load(const uint8_t *bytes) {
-    uint32_t wide[16];
-    words found;
-    for (int i = 0; i < 16; i++) wide[i] = bytes[i];
-    memcpy(&found, wide, 64);
+static inline bytes look(bytes plane, bytes at) {
+#if defined(__SSSE3__)
+    return (bytes)_mm_shuffle_epi8((__m128i)plane, (__m128i)at);
+#elif defined(__aarch64__)
+    return (bytes)vqtbl1q_u8((uint8x16_t)plane, (uint8x16_t)at);
+#else
+    bytes found;
+    for (int i = 0; i < 16; i++) found[i] = plane[at[i]];
     return found;
+#endif
 }
 
-static inline words scaled(const float *table, const float *scale, const float *shift, int64_t g) {
-    floats values;
-    memcpy(&values, table, 64);
-    values = values * scale[g];
-    return (words)(shift ? values + shift[g] : values);
+/* table * scale + shift; for bf16 rounded to the nearest, ties to even */
+static inline planes scaled(const float *table, float scale, const float *shift, int narrow) {
+    bytes four[4];
+    for (int i = 0; i < 4; i++) {
+        floats values;
+        memcpy(&values, table + 4 * i, 16);
+        values = values * scale;
+        words own = (words)(shift ? values + *shift : values);
+        own = narrow ? own + 0x7fff + (own >> 16 & 1) : own;
+        four[i] = mix(bytes, own, own, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    }
+    bytes a = mix(words, four[0], four[1], 0, 4, 1, 5);
+    bytes b = mix(words, four[2], four[3], 0, 4, 1, 5);
+    bytes c = mix(words, four[0], four[1], 2, 6, 3, 7);
+    bytes d = mix(words, four[2], four[3], 2, 6, 3, 7);
+    return (planes){{mix(doubles, a, b, 0, 2), mix(doubles, a, b, 1, 3),
+                     mix(doubles, c, d, 0, 2), mix(doubles, c, d, 1, 3)}};
+}
+
+static inline void put(bytes found, void *out, int at) {
+    memcpy((uint8_t *)out + 16 * at, &found, 16);
+}
+
+/* 16 codes */
+static inline void to_float32(bytes at, planes numbers, uint32_t *out) {
+    bytes a = look(numbers.of[0], at), b = look(numbers.of[1], at);
+    bytes c = look(numbers.of[2], at), d = look(numbers.of[3], at);
+    put(LOW_HALVES(LOW(a, b), LOW(c, d)), out, 0);
+    put(HIGH_HALVES(LOW(a, b), LOW(c, d)), out, 1);
+    put(LOW_HALVES(HIGH(a, b), HIGH(c, d)), out, 2);
+    put(HIGH_HALVES(HIGH(a, b), HIGH(c, d)), out, 3);
+}
+
+static inline void to_bfloat16(bytes at, planes numbers, uint16_t *out) {
+    bytes c = look(numbers.of[2], at), d = look(numbers.of[3], at);
+    put(LOW(c, d), out, 0);
+    put(HIGH(c, d), out, 1);
 }
 
 /* Runs of 32 codes, `per_group` to a group and `span` (a divisor of it) to a turn of a thread; the
    first code of a byte is in its high half. */
-#define TURNS                                                               \
-    _Pragma("omp parallel for num_threads(threads)")                        \
-    for (int64_t start = 0; start < runs; start += span) {                     \
-        words values = scaled(table, scale, shift, start / per_group);      \
-        int64_t end = start + span < runs ? start + span : runs;
-#define GIVEN const uint8_t *in, const float *table, const float *scale, const float *shift, \
-              int64_t runs, int64_t per_group, int64_t span, int threads
-
-void to_float32(GIVEN, float *out) {
-    TURNS
-        for (int64_t r = start; r < end; r++) {
-            words at = load(in + 16 * r), even = look(values, at >> 4), odd = look(values, at);
-            words first = mix(even, odd, FIRST), second = mix(even, odd, FIRST + 8);
-            memcpy(out + 32 * r, &first, 64);
-            memcpy(out + 32 * r + 16, &second, 64);
-        }
+#define DECODER(name, type, to, narrow)                                                         \
+    void name(const uint8_t *in, const float *table, const float *scale, const float *shift,    \
+              int64_t runs, int64_t per_group, int64_t span, int threads, type *out) {          \
+        int64_t turns = (runs + span - 1) / span;                                               \
+        _Pragma("omp parallel for num_threads(threads)")                                        \
+        for (int64_t turn = 0; turn < turns; turn++) {                                          \
+            int64_t start = turn * span, end = start + span < runs ? start + span : runs;       \
+            int64_t group = span == per_group ? turn : start / per_group; /* it is slow */      \
+            planes numbers = scaled(table, scale[group], shift ? shift + group : 0, narrow);    \
+            for (int64_t run = start; run < end; run++) {                                       \
+                bytes at;                                                                       \
+                memcpy(&at, in + 16 * run, 16);                                                 \
+                to(LOW(at >> 4, at & 15), numbers, out + 32 * run);                             \
+                to(HIGH(at >> 4, at & 15), numbers, out + 32 * run + 16);                       \
+            }                                                                                   \
+        }                                                                                       \
     }
-}
 
-void to_bfloat16(GIVEN, uint16_t *out) {
-    TURNS
-        values += 0x7fff + (values >> 16 & 1); /* to the nearest, ties to even */
-        words low = values >> 16, high = values & 0xffff0000u;
-        for (int64_t r = start; r < end; r++) {
-            words at = load(in + 16 * r), pairs = look(low, at >> 4) | look(high, at);
-            memcpy(out + 32 * r, &pairs, 64);
-        }
-    }
-}
+DECODER(decode_to_float32, uint32_t, to_float32, 0)
+DECODER(decode_to_bfloat16, uint16_t, to_bfloat16, 1)
 """
 
 log = logging.getLogger("variants")
@@ -144,7 +178,7 @@ def _fill(
     given.append(torch.empty(0) if shift is None else shift.contiguous())  # empty: a null pointer
     runs, per_group = out.numel() // RUN, group // RUN
     counts = runs, per_group, math.gcd(per_group, SPAN)
-    function = library.to_float32 if out.dtype == torch.float32 else library.to_bfloat16
+    function = library[f"decode_to_{str(out.dtype).removeprefix('torch.')}"]
     function(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in given),
         *(ctypes.c_int64(count) for count in counts),
