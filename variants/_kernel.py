@@ -4,8 +4,8 @@ A group's 16 numbers are scaled and rounded once. Their first bytes are one regi
 bytes another, and so on; 16 looks into a register are one instruction, of x86 (SSSE3) and of ARM,
 and what they find is laced into numbers. Compiled when a matrix of a million numbers or more is
 first decoded, in less than a second, for this machine and this process alone. `LORA_DECODE` is
-`auto` (unset), `torch` (never compile) or `compiled` (any size; a missing compiler is an error). Why
-C and not torch.compile: docs/adr/0008.
+`auto` (unset), `torch` (never compile) or `compiled` (any size; a missing compiler is an error).
+Why C and not torch.compile: docs/adr/0008.
 """
 
 import ctypes
