@@ -1,6 +1,7 @@
 """Products through a 4-bit matrix beside the dense one and bitsandbytes': one process, no model.
 
-    python -m benchmarks.quantization [--threads N] [--rounds N] [--double] [--json FILE]
+    python -m benchmarks.quantization [--threads N] [--rounds N] [--double] [--tokens N ...]
+                                      [--json FILE]
 
 NF4 in blocks of 64, a 2048 x 2048 matrix, forward and backward apart, in fp32 and bf16. Contenders:
 the dense product; `torch`, this project's decoding by torch; `compiled`, the same in C; `backend`,
@@ -13,6 +14,7 @@ of the rounds' own ratios, with the 95 % interval of a median (order statistics)
 its bound. On a machine that does other work, one thread and `--clock process` (processor time).
 """
 
+import argparse
 import os
 import statistics
 from collections.abc import Callable
@@ -80,11 +82,11 @@ def products(dtype: torch.dtype, double: bool, size: int = 2048) -> dict[str, An
     }
 
 
-def product_rows(dtype: str, double: bool, count: int, clock: str) -> list[dict[str, Any]]:
+def product_rows(dtype: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of tokens and direction."""
     found = []
-    contenders = products(DTYPES[dtype], double)
-    for tokens in TOKENS:
+    contenders = products(DTYPES[dtype], given.double)
+    for tokens in given.tokens:
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, 2048, generator=generator).to(DTYPES[dtype]).requires_grad_()
         g = torch.randn(tokens, 2048, generator=generator).to(DTYPES[dtype])
@@ -93,7 +95,7 @@ def product_rows(dtype: str, double: bool, count: int, clock: str) -> list[dict[
             calls["forward"][name] = decoding(way, product, x)
             calls["backward"][name] = decoding(way, gradient, product(x), x, g)
         for direction, own in calls.items():
-            seconds = rounds(own, count, clock)
+            seconds = rounds(own, given.rounds, given.clock)
             found.append({"dtype": dtype, "tokens": tokens, "direction": direction}
                          | summary(seconds, ("dense", "bnb"), direction, tokens))  # fmt: skip
     return found
@@ -152,6 +154,7 @@ def main() -> None:
     """The command."""
     sheet = Sheet("quantization", __doc__, rounds=21)
     sheet.flag("--double", action="store_true", help="quantize the scales as well")
+    sheet.flag("--tokens", type=int, nargs="+", default=TOKENS, help="of the products")
     given = sheet.begin()
     found: list[dict[str, Any]] = []
 
@@ -166,7 +169,7 @@ def main() -> None:
         )  # fmt: skip
 
     for dtype in DTYPES:
-        rows = product_rows(dtype, given.double, given.rounds, given.clock)
+        rows = product_rows(dtype, given)
         shown = ("torch / dense", "torch / bnb", "compiled / bnb", "backend / bnb",
                  "bnb parts / bnb", "compiled / dense")  # fmt: skip
         show(f"2048 x 2048, {dtype}", rows, ("tokens", "direction"), ("dense", "bnb"), shown)
