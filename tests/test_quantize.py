@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import variants
+from experiments.measure import Live
 from variants._contract import CLAUSES, Case
 from variants._quantize import PACKED, Blocks, decode, encode, nearest, pack, rounded, unpack
 from variants._registry import find_part
@@ -134,6 +135,20 @@ def test_a_step_is_as_wide_as_its_group(group: str, symmetric: bool) -> None:
         torch.testing.assert_close(stored.scales[i], reach, rtol=1e-6, atol=0)
         error = (stored.dense().view(-1)[i * length :][: len(part)] - part).abs().max()
         assert error <= (0.5 if symmetric else 1.0) * reach * 1.001  # a zero point rounds, too
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4_dq", "int4"])
+def test_a_group_beyond_the_matrix_costs_what_the_matrix_does(name: str) -> None:
+    """And gives what a group as long as the matrix gives."""
+    setting, W = "group" if name == "int4" else "block", normals(6, 10)
+
+    def kind(length: int) -> Any:
+        return base(name, **{setting: str(length) if name == "int4" else length})
+
+    with Live() as live:
+        stored = kind(10**12).store(W)
+    assert live.peak < 2**20
+    assert torch.equal(stored.dense(), kind(60).store(W).dense())
 
 
 def test_a_shift_is_added_and_nothing_is_rounded_by_a_change_of_dtype() -> None:

@@ -106,7 +106,9 @@ def encode_scales(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
-    """fp32 [groups, group] of x, row by row; the end is filled with zeros."""
+    """fp32 [groups, group] of x, row by row; the end is filled with zeros. One that is short of a
+    single group is not."""
+    group = max(1, min(group, x.numel()))
     flat, rest = x.reshape(-1).float(), -x.numel() % group
     return (F.pad(flat, (0, rest)) if rest else flat).view(-1, group)
 
