@@ -20,6 +20,7 @@ from variants import _decode, _kernel
 from variants._api import Stored
 from variants._quantize import Blocks, nearest, pack, rounded
 from variants._registry import find_part
+from variants.nf4 import NF4_VALUES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NF4 = find_part("base", "nf4_dq").load()
@@ -59,7 +60,28 @@ def plain(codes: Tensor, table: tuple[float, ...], scales: Tensor, shift: Tensor
 # ------------------------------------------------------------------ the numbers
 
 SIZES = [(64 * 64, 64), (96 * 200, 32), (91, 64), (7 * 13, 13), (3 * 512, 7), (100, 100), (1, 64),
-         (33 * 32, 96), (8 * 43 * 32, 43 * 32), (4096, 4096)]  # fmt: skip
+         (33 * 32, 96), (8 * 43 * 32, 43 * 32), (4096, 4096), (5 * 32, 64),
+         (4096 + 96, 4096)]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["torch", "compiled"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torch_s_default_dtype_changes_no_number(
+    way: str, default: torch.dtype, library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_DECODE", way)
+    stored = nearest(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)),
+                     NF4_VALUES, 64)  # fmt: skip
+    wanted, found = ([torch.empty(64, 64, dtype=dtype) for dtype in DTYPES[:2]] for _ in range(2))
+    for out in wanted:
+        stored.decode_into(out)
+    torch.set_default_dtype(default)
+    try:
+        for out in found:
+            stored.decode_into(out)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -92,7 +114,7 @@ def test_compiled_decoding_is_the_equation_to_the_bit(
             out = torch.full((numel,), torch.nan, dtype=dtype)
             _decode.decode(pack(codes, 4), 4, table, scales, own, group, out)
             assert torch.equal(out, plain(codes, table, scales, own, group).to(dtype))
-    assert len(filled) == (14 if dtype in DTYPES[:2] else 0)  # of whole runs of 32
+    assert len(filled) == (18 if dtype in DTYPES[:2] else 0)  # of whole runs of 32
 
 
 def test_only_a_large_matrix_is_worth_compiling(

@@ -72,7 +72,7 @@ def decode(
         values = piece
         if flat.dtype != torch.float32 or words * count != piece.numel():
             if scratch is None:  # the first piece is the largest, up to a word's end
-                scratch = torch.empty(words * count, device=flat.device)
+                scratch = torch.empty(words * count, dtype=torch.float32, device=flat.device)
             values = scratch[: words * count]
         first = start // count * size
         _look(packed[first : first + words * size], bits, numbers, values)

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,8 +175,11 @@ def _fill(
     group: int,
     out: Tensor,
 ) -> None:
-    given = [packed.contiguous(), torch.tensor(table), scales.contiguous()]
-    given.append(torch.empty(0) if shift is None else shift.contiguous())  # empty: a null pointer
+    numbers = torch.tensor(
+        table, dtype=torch.float32, device="cpu"
+    )  # whatever torch's defaults are
+    given = [packed.contiguous(), numbers, scales.contiguous()]
+    given.append(numbers[:0] if shift is None else shift.contiguous())
     runs, per_group = out.numel() // RUN, group // RUN
     counts = runs, per_group, math.gcd(per_group, SPAN)
     function = library[f"decode_to_{str(out.dtype).removeprefix('torch.')}"]
@@ -218,13 +222,14 @@ def compiled() -> ctypes.CDLL | None:
 
 def _right(library: ctypes.CDLL) -> bool:
     """Whether every byte gives the two numbers it stands for, in both dtypes."""
-    packed = torch.arange(256, dtype=torch.uint8)
+    own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    packed = torch.arange(256, dtype=torch.uint8, device="cpu")
     table = tuple((i / 7 - 1) * 1.1**i for i in range(16))
-    scales, shift = torch.linspace(0.3, 2.0, 8), torch.linspace(-1.0, 1.0, 8)
+    scales, shift = torch.linspace(0.3, 2.0, 8, **own), torch.linspace(-1.0, 1.0, 8, **own)
     codes = torch.stack((packed >> 4, packed & 15), dim=1).view(8, 64).int()
-    wanted = torch.tensor(table)[codes] * scales[:, None] + shift[:, None]
+    wanted = torch.tensor(table, **own)[codes] * scales[:, None] + shift[:, None]
     for dtype in (torch.float32, torch.bfloat16):
-        found = torch.empty(8, 64, dtype=dtype)
+        found = torch.empty(8, 64, dtype=dtype, device="cpu")
         _fill(library, packed, table, scales, shift, 64, found)
         if not torch.equal(found, wanted.to(dtype)):
             return False

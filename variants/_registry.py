@@ -266,7 +266,7 @@ def outside_of(preset: str, parts: Mapping[str, Any]) -> list[Path]:
     """The files from outside that a preset and its parts ({axis: part}) come from."""
     modules = {find_part(axis, part.name).module for axis, part in parts.items()}
     modules.add(find_preset(preset).module)
-    if not any(module.endswith(".py") for module in modules):
+    if all(module.startswith(f"{PACKAGE.name}.") for module in modules):
         return []
     return [path for path in outside() if str(path) in modules]
 
