@@ -634,7 +634,13 @@ BUGS = [
         "adalora",
         "[t.mean(0) for t in P]",
         "[t.sum(0) for t in P]",
-        "sums over a triplet's entries, not means",
+        "sums over a column's entries of P, not means",
+    ),
+    Bug(
+        "adalora",
+        "[t.mean(1) for t in Q]",
+        "[t.sum(1) for t in Q]",
+        "sums over a row's entries of Q, not means",
     ),
     Bug(
         "triplet",

@@ -510,7 +510,7 @@ class Run:
         """The untouched model's scores and what one training step keeps; kept for a resume."""
         file = self.checkpoints / "base.json"
         kept = self.team.tell(record.read_json, file)
-        if kept is not None:
+        if kept is not None and kept.get("old") == self._count_old():
             return kept
         began = time.perf_counter()
         found = self.ground.scores(lambda: self._scores(scored))
@@ -528,7 +528,13 @@ class Run:
         scores = self.scorer.full(scored)
         old = self._forgetting()
         return {"metrics": scores.metrics, "predictions": scores.predictions,
-                "forgetting": old[0].full(old[1]).metrics if old else None}  # fmt: skip
+                "forgetting": old[0].full(old[1]).metrics if old else None,
+                "old": self._count_old()}  # fmt: skip
+
+    def _count_old(self) -> int:
+        """How many old items are scored: of the base as of the result."""
+        old = self._forgetting()
+        return len(old[1]) if old else 0
 
     def _portions(self, scored: list[Example]) -> int:
         """The batches that this process scores."""

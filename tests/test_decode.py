@@ -117,6 +117,16 @@ def test_compiled_decoding_is_the_equation_to_the_bit(
     assert len(filled) == (18 if dtype in DTYPES[:2] else 0)  # of whole runs of 32
 
 
+def test_what_compiles_here_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that computes other numbers is not used, and so no other test would see it."""
+    tried = _kernel._right
+    monkeypatch.setattr(_kernel, "_right", lambda _: True)
+    library = _kernel.compiled.__wrapped__()
+    if library is None:
+        pytest.skip("no C compiler here")
+    assert tried(library)
+
+
 def test_only_a_large_matrix_is_worth_compiling(
     library: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -570,17 +570,22 @@ def test_a_death_before_the_first_checkpoint_leaves_no_double_rows(tmp_path: Pat
 
 
 def test_damaged_files_of_a_run_cost_nothing_but_work(whole: Path, tmp_path: Path) -> None:
-    """result.json without content, metrics that are no text: made again from the checkpoint."""
+    """result.json without content, metrics that are no text: made again from the checkpoint. The
+    base's scores of other old items than the result's are not kept."""
     shutil.copytree(whole.parents[1], tmp_path, dirs_exist_ok=True)
     folder = only(tmp_path)
     before = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text("{}")
+    base = folder / "checkpoint" / "base.json"
+    kept = json.loads(base.read_text())
+    base.write_text(json.dumps(kept | {"old": 380, "forgetting": {"loss": 9.0, "exact_match": 0}}))
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\xfe no json\n")
     lab(*KILLED, out=tmp_path)
     after = json.loads((folder / "result.json").read_text())
-    for key in ("metrics", "learning", "tokens"):
+    for key in ("metrics", "forgetting", "learning", "tokens"):
         assert after[key] == before[key]
+    assert json.loads(base.read_text()) == kept
     assert after["time"]["step_ms"] > 0
     (folder / "config.yaml").write_text("junk: 1\n")
     assert (
