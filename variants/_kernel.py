@@ -175,11 +175,9 @@ def _fill(
     group: int,
     out: Tensor,
 ) -> None:
-    numbers = torch.tensor(
-        table, dtype=torch.float32, device="cpu"
-    )  # whatever torch's defaults are
+    numbers = torch.tensor(table, dtype=torch.float32, device="cpu")
     given = [packed.contiguous(), numbers, scales.contiguous()]
-    given.append(numbers[:0] if shift is None else shift.contiguous())
+    given.append(numbers[:0] if shift is None else shift.contiguous())  # empty: a null pointer
     runs, per_group = out.numel() // RUN, group // RUN
     counts = runs, per_group, math.gcd(per_group, SPAN)
     function = library[f"decode_to_{str(out.dtype).removeprefix('torch.')}"]
